@@ -1,0 +1,129 @@
+"""A dataset folder: what `ingest` writes, and training, evaluation and the server read.
+
+    dataset.json      format number, action values, statistics, repairs, sources, fingerprint
+    vocabulary.arrow  row → item id and attributes (see `data.vocabulary`)
+    users.arrow       `id` ascending; `end` int64: where the user's events end (they start at the end before)
+    events.arrow      `item` int32 row, `action` uint8 code, `timestamp` int64 seconds; by user, then by time
+
+Columns are memory-mapped: opening takes milliseconds at any size, and a process touches only the pages it reads.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from retrieval.config import Config
+from retrieval.data.columns import as_numpy, map_columns
+from retrieval.data.vocabulary import Vocabulary, id_positions
+from retrieval.errors import DataError
+from retrieval.files import sha256_of
+from retrieval.types import EventColumns
+
+__all__ = ["DATASET_FORMAT", "ActionValue", "Dataset", "DatasetInfo", "fingerprint_of"]
+
+DATASET_FORMAT = 1
+
+
+class ActionValue(Config):
+    """One action code's meaning; its place in the list is the code. Code 0 is an event without an action."""
+
+    value: str
+    positive: bool
+
+
+class DatasetInfo(Config):
+    """Contents of `dataset.json`.
+
+    Attributes:
+        format: number of the folder's format.
+        users, items, events: counts; items include those that only metadata names.
+        actions: meaning of each action code.
+        statistics: figures for people (time span, history lengths, …).
+        repairs: what ingest mended, by kind, in events.
+        sources: the files that were read.
+        fingerprint: hash of the three Arrow files; checkpoints and snapshots refer to it.
+    """
+
+    format: int
+    users: int
+    items: int
+    events: int
+    actions: tuple[ActionValue, ...]
+    statistics: dict[str, Any]
+    repairs: dict[str, int]
+    sources: tuple[str, ...]
+    fingerprint: str
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Hash of a dataset's vocabulary, users and events, as 64 hex digits."""
+    names = ("vocabulary.arrow", "users.arrow", "events.arrow")
+    return hashlib.sha256("".join(sha256_of(folder / name) for name in names).encode()).hexdigest()
+
+
+class Dataset:
+    """An opened dataset folder.
+
+    Attributes:
+        path: the folder.
+        info: contents of `dataset.json`.
+        vocabulary: rows and ids of the items.
+        user_ids: ids of the users, ascending, Arrow int64 or string `[U]`.
+        offsets: int64 `[U + 1]`; user u owns events `offsets[u]:offsets[u + 1]`.
+        events: all events, memory-mapped.
+        positive: bool `[A]`; whether an action code is a positive engagement.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info = _read_info(path)
+        self.vocabulary = Vocabulary.load(path / "vocabulary.arrow")
+        users = map_columns(path / "users.arrow")
+        self.user_ids: pa.Array = users.column("id")
+        ends = as_numpy(users, "end", path / "users.arrow")
+        self.offsets: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), ends])
+        batch = map_columns(path / "events.arrow")
+        fields = [as_numpy(batch, name, path / "events.arrow") for name in ("item", "action", "timestamp")]
+        self.events = EventColumns(items=fields[0], actions=fields[1], timestamps=fields[2])
+        self.positive = np.array([action.positive for action in self.info.actions], bool)
+        found = (len(self.user_ids), len(self.vocabulary), len(self.events.items), int(self.offsets[-1]))
+        promised = (self.info.users, self.info.items, self.info.events, self.info.events)
+        if found != promised:
+            raise DataError(f"{path}: files hold {found} users, items, events, but dataset.json says {promised}")
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def users_named(self, ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
+        """Index of each user id, −1 where unknown: int64 `[len(ids)]`. Bisects; loads nothing up front."""
+        try:
+            wanted = pa.array(ids, type=self.user_ids.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            return np.full(len(ids), -1, np.int64)
+        return id_positions(self.user_ids, wanted)
+
+    @cached_property
+    def item_counts(self) -> NDArray[np.int64]:
+        """Events per item over the whole dataset, int64 `[N]`."""
+        return np.bincount(self.events.items, minlength=len(self.vocabulary)).astype(np.int64)
+
+
+def _read_info(path: Path) -> DatasetInfo:
+    file = path / "dataset.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: is not a dataset folder (dataset.json is missing)") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from None
+    number = values.get("format") if isinstance(values, dict) else None
+    if number != DATASET_FORMAT:
+        raise DataError(f"{file}: format {number!r} is not the format {DATASET_FORMAT} that this version reads")
+    return DatasetInfo.parse(values, str(file))

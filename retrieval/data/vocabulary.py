@@ -1,0 +1,133 @@
+"""The two-way map between item ids, as the user writes them, and rows of the item table.
+
+File `vocabulary.arrow`: one row per item in row order; column `id` (int64 or string) and, optionally, attribute
+columns such as `title`. Ids come back exactly as they went in.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from retrieval.data.columns import map_columns, write_columns
+from retrieval.errors import DataError
+
+__all__ = ["Vocabulary", "id_positions"]
+
+
+def id_positions(sorted_ids: pa.Array, ids: pa.Array) -> NDArray[np.int64]:
+    """Position of each of `ids` in `sorted_ids` (ascending, unique), −1 where absent: int64 `[len(ids)]`.
+
+    Both have the same type, int64 or string; strings are ordered by their UTF-8 bytes. Works on memory-mapped
+    ids by bisection, so nothing is built or loaded up front.
+    """
+    if len(sorted_ids) == 0:
+        return np.full(len(ids), -1, np.int64)
+    if pa.types.is_integer(sorted_ids.type):
+        known = sorted_ids.to_numpy()
+        wanted = ids.to_numpy(zero_copy_only=False)
+        position = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.where(known[position] == wanted, position, -1)
+    return np.fromiter((_bisect(sorted_ids, value) for value in ids.to_pylist()), np.int64, len(ids))
+
+
+def _bisect(sorted_ids: pa.Array, value: str) -> int:
+    wanted = value.encode()
+    low, high = 0, len(sorted_ids)
+    while low < high:
+        middle = (low + high) // 2
+        if sorted_ids[middle].as_py().encode() < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low if low < len(sorted_ids) and sorted_ids[low].as_py() == value else -1
+
+
+class Vocabulary:
+    """Items of a catalogue: `ids[row]` is the id of a row of the item table.
+
+    Args:
+        ids: int64 or string array, unique, without nulls.
+        attributes: further columns aligned with the rows, e.g. `title`.
+
+    Raises:
+        DataError: ids are of another type, or an attribute has another length.
+    """
+
+    def __init__(self, ids: pa.Array, attributes: Mapping[str, pa.Array] | None = None) -> None:
+        if not (pa.types.is_int64(ids.type) or pa.types.is_string(ids.type)):
+            raise DataError(f"vocabulary: item ids must be int64 or string, not {ids.type}")
+        self.ids = ids
+        self.attributes = dict(attributes or {})
+        for name, column in self.attributes.items():
+            if len(column) != len(ids):
+                raise DataError(f"vocabulary: attribute {name!r} has {len(column)} rows instead of {len(ids)}")
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Memory-map `vocabulary.arrow`.
+
+        Raises:
+            DataError: the file is missing or unreadable, or ids are null or not unique.
+        """
+        batch = map_columns(path)
+        if "id" not in batch.schema.names:
+            raise DataError(f"{path}: has no column 'id'")
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        ids = columns.pop("id")
+        if ids.null_count:
+            raise DataError(f"{path}: column 'id' has {ids.null_count} nulls")
+        return cls(ids, columns)
+
+    def save(self, path: Path) -> None:
+        """Write `vocabulary.arrow`."""
+        write_columns(path, {"id": self.ids, **self.attributes})
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def has_string_ids(self) -> bool:
+        """Whether ids are strings (else 64-bit integers)."""
+        return bool(pa.types.is_string(self.ids.type))
+
+    @cached_property
+    def _row_of_string(self) -> dict[str, int]:
+        return {value: row for row, value in enumerate(self.ids.to_pylist())}
+
+    @cached_property
+    def _sorted_integers(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ids = self.ids.to_numpy()
+        order = np.argsort(ids, kind="stable")
+        return ids[order], order
+
+    def rows_of(self, ids: Sequence[int] | Sequence[str] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row of each id, −1 where the catalogue does not have it: int64 `[len(ids)]`.
+
+        Ids of the other kind (a string asked of an integer vocabulary, or the reverse) are simply not known.
+        """
+        if self.has_string_ids:
+            known = self._row_of_string
+            return np.fromiter((known.get(value, -1) for value in ids), np.int64, len(ids))  # type: ignore[arg-type]
+        wanted = np.asarray(ids)
+        if len(self) == 0 or wanted.size == 0 or wanted.dtype.kind not in "iu":
+            return np.full(len(ids), -1, np.int64)
+        sorted_ids, order = self._sorted_integers
+        position = np.minimum(np.searchsorted(sorted_ids, wanted), len(sorted_ids) - 1)
+        return np.where(sorted_ids[position] == wanted, order[position], -1)
+
+    def ids_of(self, rows: NDArray[np.int64]) -> list[int] | list[str]:
+        """Ids of rows, as Python integers or strings."""
+        values: list[int] | list[str] = self.ids.take(pa.array(rows)).to_pylist()
+        return values
+
+    @cached_property
+    def rank_by_id(self) -> NDArray[np.int64]:
+        """Place of each row when the catalogue is sorted by id, int64 `[N]`: how equal scores are ordered."""
+        rank = np.empty(len(self), np.int64)
+        rank[pc.sort_indices(self.ids).to_numpy()] = np.arange(len(self))
+        return rank

@@ -1,0 +1,74 @@
+"""Typed errors, each with the exit code that the command line gives it.
+
+A user's mistake is an `InputError` and reads as one sentence that names what was wrong and where. A broken
+invariant of our own is an `assert`, not an error of this module. The mapping to gRPC codes is in `rpc.convert`.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GateRefusedError",
+    "InputError",
+    "InvalidRequestError",
+    "NoSnapshotError",
+    "RetrievalError",
+    "SnapshotCorruptError",
+    "SnapshotError",
+    "UnknownUserError",
+]
+
+
+class RetrievalError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(RetrievalError):
+    """The user gave something that cannot be used: a file, an option, a request."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration has an unknown key or an impossible value."""
+
+
+class DataError(InputError):
+    """Event logs, item metadata or a dataset folder cannot be used."""
+
+
+class CheckpointError(InputError):
+    """An encoder checkpoint is missing, damaged or belongs to other data."""
+
+
+class InvalidRequestError(InputError):
+    """A retrieval request is malformed; `field` names the part of the request at fault."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.reason = message
+
+
+class UnknownUserError(InputError):
+    """A request names a user of whom no history is stored."""
+
+
+class SnapshotError(RetrievalError):
+    """A snapshot or registry cannot be read or written."""
+
+
+class SnapshotCorruptError(SnapshotError):
+    """A snapshot's bytes differ from what its manifest promises."""
+
+
+class NoSnapshotError(SnapshotError):
+    """The registry holds no live snapshot (yet)."""
+
+
+class GateRefusedError(RetrievalError):
+    """A gate refused to publish; the live snapshot stays."""
+
+    exit_code = 3
