@@ -15,6 +15,7 @@ __all__ = [
     "RetrievalError",
     "SnapshotCorruptError",
     "SnapshotError",
+    "TrainingError",
     "UnknownUserError",
 ]
 
@@ -41,6 +42,10 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """An encoder checkpoint is missing, damaged or belongs to other data."""
+
+
+class TrainingError(RetrievalError):
+    """Training cannot go on; the last good checkpoint stays."""
 
 
 class InvalidRequestError(InputError):

@@ -1,0 +1,88 @@
+"""An encoder on disk: `encoder.json` (what it is) beside `encoder.safetensors` (its weights).
+
+The two are bound by the weights' SHA-256 in the JSON, so that halves of two checkpoints never load together.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from retrieval.config import Config
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.model import HSTUEncoder
+from retrieval.errors import CheckpointError
+from retrieval.files import sha256_of, write_atomically
+
+__all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "save_checkpoint"]
+
+CHECKPOINT_FORMAT = 1
+_JSON, _WEIGHTS = "encoder.json", "encoder.safetensors"
+
+
+class CheckpointInfo(Config):
+    """Contents of `encoder.json`.
+
+    Attributes:
+        format: number of the checkpoint's format.
+        encoder: shape of the encoder.
+        actions: name of each action code; code 0 is an event without an action.
+        dataset: fingerprint of the dataset that it was trained on.
+        split: the split that it was trained on, as `data.splits` records it.
+        training: hyperparameters and the number of steps done, for people.
+        weights_sha256: hash of `encoder.safetensors`; filled in when saving.
+    """
+
+    format: int = CHECKPOINT_FORMAT
+    encoder: HSTUConfig
+    actions: tuple[str, ...]
+    dataset: str
+    split: dict[str, Any]
+    training: dict[str, Any]
+    weights_sha256: str = ""
+
+
+def save_checkpoint(folder: Path, encoder: HSTUEncoder, info: CheckpointInfo) -> None:
+    """Write both files; a crash between them leaves a pair that `load_checkpoint` refuses, never a mixed one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    write_atomically(folder / _WEIGHTS, save(tensors))
+    bound = info.model_copy(update={"weights_sha256": sha256_of(folder / _WEIGHTS)})
+    write_atomically(folder / _JSON, bound.model_dump_json(indent=2).encode())
+
+
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[HSTUEncoder, CheckpointInfo]:
+    """Read an encoder, in evaluation mode.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, of another format, or the two do not belong together.
+    """
+    info = _read_info(folder / _JSON)
+    weights = folder / _WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: is missing")
+    if sha256_of(weights) != info.weights_sha256:
+        raise CheckpointError(f"{weights}: is not the file that {_JSON} was written with")
+    encoder = HSTUEncoder(info.encoder)
+    try:
+        encoder.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{weights}: does not fit {_JSON} ({error})") from None
+    return encoder.to(device).eval(), info
+
+
+def _read_info(file: Path) -> CheckpointInfo:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent}: holds no encoder ({_JSON} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
+    number = values.get("format") if isinstance(values, dict) else None
+    if number != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{file}: format {number!r} is not the format {CHECKPOINT_FORMAT} that this version reads"
+        )
+    return CheckpointInfo.parse(values, str(file))

@@ -1,0 +1,33 @@
+"""Running an encoder outside training: numpy in, numpy out. Evaluation, jobs and the server all use this."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from retrieval.encoder.batch import JaggedTensors
+from retrieval.encoder.model import HSTUEncoder
+from retrieval.types import JaggedBatch
+
+__all__ = ["embed_users", "item_vectors"]
+
+
+@torch.inference_mode()
+def embed_users(encoder: HSTUEncoder, batch: JaggedBatch) -> NDArray[np.float32]:
+    """Embedding of each user at the request's time, unit length, float32 `[B, D]`.
+
+    Rows must not be empty nor longer than the encoder's `max_length`; `data.sequences` makes them so. A user's
+    embedding does not depend on who shares the batch, beyond float rounding.
+    """
+    assert not encoder.training
+    assert bool((batch.lengths > 0).all())
+    vectors = encoder(JaggedTensors.of(batch, encoder.device))
+    last = torch.from_numpy(batch.offsets[1:] - 1).to(encoder.device)
+    embeddings: NDArray[np.float32] = vectors[last].float().cpu().numpy()
+    return embeddings
+
+
+@torch.inference_mode()
+def item_vectors(encoder: HSTUEncoder) -> NDArray[np.float32]:
+    """Embedding of every item in row order, unit length, float32 `[N, D]`."""
+    vectors: NDArray[np.float32] = encoder.item_vectors().float().cpu().numpy()
+    return vectors

@@ -1,0 +1,57 @@
+"""One HSTU layer (arXiv 2402.17152, equations 1–3, in the form of its public research code)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retrieval.encoder.config import HSTUConfig
+from retrieval.kernels.hstu_attention import AttentionPlan, hstu_attention
+from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
+
+__all__ = ["HSTULayer"]
+
+_EPS = 1e-6
+_INIT_STD = 0.02
+
+
+class HSTULayer(nn.Module):
+    """Pointwise attention with gating.
+
+        U, V, Q, K = split(SiLU(LN(x) W))
+        y = x + W_o · dropout(U ⊙ LN(attention(Q, K, V))) + b
+
+    Both layer norms are without learned scale; W has no bias.
+    """
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
+        self.norm, self.dropout = config.attention_norm, config.dropout
+        value, query = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
+        self.widths = (value, value, query, query)
+        self.uvqk = nn.Parameter(torch.empty(config.width, sum(self.widths)))
+        self.output = nn.Linear(value, config.width)
+        self.pos_table = nn.Parameter(torch.empty(config.max_length)) if config.position_bias else None
+        self.time_table = nn.Parameter(torch.empty(NUM_TIME_BUCKETS)) if config.time_bias else None
+        for parameter in (self.uvqk, self.pos_table, self.time_table):
+            if parameter is not None:
+                nn.init.normal_(parameter, std=_INIT_STD)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x_TD: Tensor, plan: AttentionPlan) -> Tensor:
+        """`[T, D]` → `[T, D]`."""
+        normed = functional.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
+        u, v, q, k = functional.silu(normed @ self.uvqk).split(self.widths, dim=-1)
+        attended = hstu_attention(
+            q.unflatten(-1, (self.num_heads, self.qk_dim)),
+            k.unflatten(-1, (self.num_heads, self.qk_dim)),
+            v.unflatten(-1, (self.num_heads, self.v_dim)),
+            plan,
+            pos_table=self.pos_table,
+            time_table=self.time_table,
+            norm=self.norm,
+        ).flatten(-2)
+        gated = u * functional.layer_norm(attended, attended.shape[-1:], eps=_EPS)
+        out: Tensor = x_TD + self.output(functional.dropout(gated, self.dropout, self.training))
+        return out

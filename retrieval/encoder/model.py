@@ -1,0 +1,63 @@
+"""The HSTU user encoder and its item table."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retrieval.encoder.batch import JaggedTensors
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.layer import HSTULayer
+from retrieval.kernels.hstu_attention import plan_attention
+
+__all__ = ["HSTUEncoder", "normalize"]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Scale vectors along the last axis to length 1 (cosine similarity's operands)."""
+    return functional.normalize(x, dim=-1, eps=1e-6)
+
+
+class HSTUEncoder(nn.Module):
+    """Histories in, one embedding per token out (arXiv 2402.17152).
+
+        x_0 = dropout((E[item] + A[action]) · √D + P[position]);  x_{l+1} = layer_l(x_l);  u = x_L / |x_L|
+
+    u at a token is the user's embedding just after that event, for a request at the token's query time. Candidates
+    are scored by u·e with e the normalised row of the same item table E.
+    """
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.item_embedding = nn.Embedding(config.num_items, config.width)
+        self.action_embedding = nn.Embedding(config.num_actions, config.width) if config.num_actions else None
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
+        nn.init.trunc_normal_(self.item_embedding.weight, std=0.02)
+        nn.init.xavier_normal_(self.position_embedding.weight)
+        if self.action_embedding is not None:
+            # Actions start without effect, so that one which training never meets has none when it is served.
+            nn.init.zeros_(self.action_embedding.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.item_embedding.weight.device
+
+    def forward(self, batch: JaggedTensors) -> Tensor:
+        """User embeddings of unit length after every token, `[T, D]`."""
+        tokens = self.item_embedding(batch.items)
+        if self.action_embedding is not None:
+            tokens = tokens + self.action_embedding(batch.actions)
+        x = tokens * math.sqrt(self.config.width) + self.position_embedding(batch.positions())
+        x = functional.dropout(x, self.config.dropout, self.training)
+        plan = plan_attention(batch.offsets, batch.timestamps, batch.query_times)
+        for layer in self.layers:
+            x = layer(x, plan)
+        return normalize(x)
+
+    def item_vectors(self) -> Tensor:
+        """Item embeddings of unit length, `[N, D]`."""
+        return normalize(self.item_embedding.weight)

@@ -1,0 +1,1 @@
+"""Snapshots: the immutable, checked, versioned folders through which jobs and servers meet."""

@@ -1,0 +1,1 @@
+"""Losses, negatives and the training loop."""
