@@ -4,7 +4,7 @@ from pydantic import Field
 
 from retrieval.config import Config
 
-__all__ = ["HSTUConfig", "hstu_demo", "hstu_large_ml1m", "hstu_ml1m"]
+__all__ = ["PRESETS", "HSTUConfig", "hstu_demo", "hstu_large_ml1m", "hstu_ml1m"]
 
 
 class HSTUConfig(Config):
@@ -68,3 +68,6 @@ def hstu_demo(*, num_items: int, num_actions: int = 0) -> HSTUConfig:
         v_dim=24,
         dropout=0.1,
     )
+
+
+PRESETS = {"demo": hstu_demo, "ml1m": hstu_ml1m, "large-ml1m": hstu_large_ml1m}

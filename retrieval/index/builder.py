@@ -1,5 +1,6 @@
 """Building, writing and reading Faiss indexes."""
 
+import re
 from pathlib import Path
 
 import faiss
@@ -48,8 +49,8 @@ def _apply_search_parameters(index: faiss.Index, spec: IndexSpec) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Last part of a Faiss error: the C++ function and file before it say nothing to a user."""
-    return str(error).strip().splitlines()[-1].split("Error: ")[-1].split(" failed: ")[-1]
+    """A Faiss error without the C++ function and file before it, which say nothing to a user."""
+    return re.sub(r"^.* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
 
 
 def write_index(index: faiss.Index, path: Path) -> None:

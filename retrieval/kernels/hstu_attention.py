@@ -261,7 +261,7 @@ def hstu_attention_reference(
             scores = scores + time_table[time_bucket_reference(delta).long()]
         attention = functional.silu(scores).tril() * _row_scale(end - start, norm, v_THV)
         outs.append((attention @ v).transpose(0, 1))
-    return torch.cat(outs) if outs else v_THV
+    return torch.cat(outs)
 
 
 def _check_shapes(

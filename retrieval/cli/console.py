@@ -1,0 +1,60 @@
+"""What commands print: progress on standard error, results on standard output."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["OUT", "Update", "progress", "say"]
+
+OUT = Console(highlight=False, soft_wrap=True)
+_ERR = Console(stderr=True, highlight=False)
+_PLAIN_SECONDS = 5.0
+
+Update = Callable[[float, float, str], None]
+"""Reports progress: amount done, amount in all, and a note such as the loss."""
+
+
+def say(text: str) -> None:
+    """Print a line for a person on standard error."""
+    _ERR.print(text, markup=False)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Update]:
+    """Show a bar on a terminal; elsewhere a plain line every few seconds and at the end."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=_ERR) as bar:
+            task = bar.add_task(name, total=None, note="")
+
+            def show(done: float, total: float, note: str = "") -> None:
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield show
+        return
+
+    started = last = time.monotonic()
+
+    def line(done: float, total: float, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _PLAIN_SECONDS and done < total:
+            return
+        last = now
+        elapsed = now - started
+        left = elapsed * (total - done) / done if done else 0.0
+        say(f"{name}: {done:,.0f} of {total:,.0f}  {note}  {elapsed:.0f} s, {left:.0f} s left")
+
+    yield line

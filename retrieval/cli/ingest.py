@@ -1,0 +1,127 @@
+"""`retrieval ingest`: an event log becomes a dataset."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from retrieval.cli.console import OUT, progress
+from retrieval.cli.options import add_json_option
+
+if TYPE_CHECKING:
+    from retrieval.data.dataset import Dataset
+
+__all__ = ["add_event_options", "add_parser", "ingest_with_progress"]
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "ingest",
+        help="turn event logs into a dataset",
+        description="Read Parquet, CSV or JSON lines (a file or a folder of them) out of core and write a dataset: "
+        "vocabulary, users, events by user and time. Equal times keep the order of the log.",
+    )
+    parser.add_argument("events", type=Path, metavar="EVENTS", help="file, or folder of files of one format")
+    parser.add_argument("--out", type=Path, required=True, metavar="DATASET", help="folder to write")
+    parser.add_argument("--replace", action="store_true", help="replace an existing dataset")
+    parser.add_argument("--memory", default="2GB", help="memory that reading and sorting may use (default: 2GB)")
+    add_event_options(parser)
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def add_event_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how events and item metadata are written."""
+    # Defaults live in EventSchema and ItemSchema alone: an option that is not given is not passed on.
+    columns = parser.add_argument_group("columns of the event log")
+    columns.add_argument("--user", metavar="COLUMN", help="user ids (default: user_id)")
+    columns.add_argument("--item", metavar="COLUMN", help="item ids (default: item_id)")
+    columns.add_argument("--time", metavar="COLUMN", help="times (default: timestamp)")
+    columns.add_argument("--action", metavar="COLUMN", help="actions or ratings (default: `action` where there is one)")
+    columns.add_argument(
+        "--positive", metavar="VALUES", help="positive actions: like,purchase or, of numbers, '>=4' (default: all)"
+    )
+    columns.add_argument("--time-unit", choices=("auto", "s", "ms", "us", "iso"), help="unit of times (default: auto)")
+    columns.add_argument("--columns", metavar="NAMES", help="names, by comma, for text files without a header line")
+    columns.add_argument("--delimiter", help="of text files (default: found in the first line)")
+    columns.add_argument("--encoding", choices=("utf-8", "latin-1"), help="of text files (default: utf-8)")
+    items = parser.add_argument_group("item metadata")
+    items.add_argument("--items", type=Path, metavar="FILE", help="titles and other attributes of items")
+    items.add_argument("--items-id", metavar="COLUMN", help="item ids there (default: item_id)")
+    items.add_argument("--items-title", metavar="COLUMN", help="titles there (default: `title` where there is one)")
+    items.add_argument("--items-columns", metavar="NAMES", help="as --columns, for the metadata")
+    items.add_argument("--items-delimiter", help="as --delimiter, for the metadata")
+    items.add_argument("--items-encoding", choices=("utf-8", "latin-1"), help="as --encoding, for the metadata")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Ingest."""
+    dataset = ingest_with_progress(parsed, parsed.events, parsed.out, memory=parsed.memory, replace=parsed.replace)
+    if parsed.json:
+        print(dataset.info.model_dump_json())
+    else:
+        OUT.print(_summary(dataset))
+
+
+def ingest_with_progress(
+    parsed: argparse.Namespace,
+    events: Path,
+    out: Path,
+    *,
+    items: Path | None = None,
+    memory: str = "2GB",
+    replace: bool = False,
+    **schema: Any,
+) -> "Dataset":
+    """Ingest by the options of `add_event_options`; `items` and `schema` are what holds where they say nothing."""
+    from retrieval.data.ingest import EventSchema, ItemSchema, ingest
+
+    names = ("user", "item", "time", "action", "time_unit", "delimiter", "encoding")
+    schema |= {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    if parsed.positive is not None:
+        schema["positive"] = tuple(parsed.positive.split(","))
+    if parsed.columns is not None:
+        schema["columns"] = tuple(parsed.columns.split(","))
+    metadata = {
+        "item": parsed.items_id,
+        "title": parsed.items_title,
+        "columns": tuple(parsed.items_columns.split(",")) if parsed.items_columns else None,
+        "delimiter": parsed.items_delimiter,
+        "encoding": parsed.items_encoding,
+    }
+    with progress("ingest") as update:
+        return ingest(
+            events,
+            out,
+            schema=EventSchema.parse(schema, "command line"),
+            items=parsed.items or items,
+            item_schema=ItemSchema.parse({k: v for k, v in metadata.items() if v is not None}, "command line"),
+            memory=memory,
+            replace=replace,
+            progress=lambda stage, share: update(100 * share, 100, f"% {stage}"),
+        )
+
+
+def _summary(dataset: "Dataset") -> Table:
+    info = dataset.info
+    table = Table(title=str(dataset.path), title_justify="left", show_header=False)
+    rows: dict[str, Any] = {"events": info.events, "users": info.users, "items": info.items}
+    positive = ", ".join(action.value or "(none)" for action in info.actions if action.positive)
+    rows |= {"positive actions": positive}
+    rows |= {f"repaired: {name.replace('_', ' ')}": count for name, count in info.repairs.items() if count}
+    rows |= {name.replace("_", " "): value for name, value in info.statistics.items()}
+    for name, value in rows.items():
+        if isinstance(value, dict):
+            text = ", ".join(f"{key} {_figure(part)}" for key, part in value.items())
+        else:
+            text = _figure(value)
+        table.add_row(name, text)
+    return table
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,102 @@
+"""Offline evaluation of an encoder: exactly, through an index, and beside what popularity alone reaches."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.config import Config
+from retrieval.data.dataset import Dataset
+from retrieval.data.splits import Split, SplitInfo
+from retrieval.evaluation.metrics import Estimate, evaluate_ranks
+from retrieval.evaluation.ranking import popularity, query_batches, rank_by_scores, rank_by_search
+from retrieval.index.searcher import Searcher
+from retrieval.types import JaggedBatch
+
+__all__ = ["KS", "Report", "ReportRow", "evaluate"]
+
+KS = (10, 50, 200)
+
+
+class ReportRow(Config):
+    """One ranker's results: `metrics` by name, e.g. `recall@10`."""
+
+    ranker: str
+    metrics: dict[str, Estimate]
+
+
+class Report(Config):
+    """What was measured, on what.
+
+    Attributes:
+        dataset: fingerprint of the dataset.
+        split: the protocol and its moment.
+        queries: users that were asked about.
+        candidates: items ranked for each of them, their history aside.
+        unseen_targets: share of the items to find that have no training event.
+        rows: results.
+    """
+
+    dataset: str
+    split: SplitInfo
+    queries: int
+    candidates: int
+    unseen_targets: float
+    rows: tuple[ReportRow, ...]
+
+    def row(self, ranker: str) -> ReportRow:
+        """Results of the ranker of that name."""
+        return next(row for row in self.rows if row.ranker == ranker)
+
+
+def evaluate(
+    dataset: Dataset,
+    split: Split,
+    embed: Callable[[JaggedBatch], NDArray[np.float32]],
+    item_vectors: NDArray[np.float32],
+    max_length: int,
+    *,
+    searcher: Searcher | None = None,
+    ks: Sequence[int] = KS,
+    on_queries: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Rank the held-out item of every query among the whole catalogue.
+
+    Args:
+        dataset: the events.
+        split: what is asked for, and what the encoder was trained on.
+        embed: histories → user embeddings `[B, D]`.
+        item_vectors: item embeddings `[N, D]`, in the vocabulary's order.
+        max_length: most recent events that `embed` may be given.
+        searcher: also evaluate this index.
+        ks: depths of recall and NDCG.
+        on_queries: called with the number of queries done and in all.
+    """
+    counts = popularity(dataset, split)
+    num_items = len(item_vectors)
+    rankers = ["HSTU", *(["HSTU through the index"] if searcher is not None else []), "popularity"]
+    ranks = {name: np.empty(len(split.users), np.int64) for name in rankers}
+    for batch in query_batches(dataset, split, max_length):
+        users = embed(batch.histories)
+        ranks["HSTU"][batch.place] = rank_by_scores(batch, num_items, _inner_products(users, item_vectors))
+        ranks["popularity"][batch.place] = rank_by_scores(batch, num_items, _constant_scores(counts))
+        if searcher is not None:
+            ranks["HSTU through the index"][batch.place] = rank_by_search(batch, users, searcher, max(ks))
+        if on_queries is not None:
+            on_queries(batch.place.stop, len(split.users))
+    return Report(
+        dataset=dataset.info.fingerprint,
+        split=split.info,
+        queries=len(split.users),
+        candidates=num_items,
+        unseen_targets=float(np.mean(counts[dataset.events.items[split.targets]] == 0)),
+        rows=tuple(ReportRow(ranker=name, metrics=evaluate_ranks(found, ks)) for name, found in ranks.items()),
+    )
+
+
+def _inner_products(users: NDArray[np.float32], items: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+    return lambda part: users[part] @ items.T
+
+
+def _constant_scores(scores: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+    return lambda part: np.tile(scores, (part.stop - part.start, 1))

@@ -1,0 +1,89 @@
+"""A trained encoder becomes the live snapshot: embed items, build the index, measure it, write, switch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from retrieval.data.dataset import Dataset
+from retrieval.data.sequences import gather_histories
+from retrieval.data.vocabulary import Vocabulary
+from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
+from retrieval.encoder.inference import embed_users, item_vectors
+from retrieval.encoder.model import HSTUEncoder
+from retrieval.errors import CheckpointError
+from retrieval.evaluation.ann import ann_recall
+from retrieval.index.builder import build_index
+from retrieval.index.searcher import Searcher
+from retrieval.index.spec import IndexSpec
+from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.store import write_snapshot
+
+__all__ = ["load_trained", "publish_snapshot"]
+
+_RECALL_QUERIES = 1000
+
+
+def load_trained(dataset: Dataset, run_dir: Path) -> tuple[HSTUEncoder, CheckpointInfo]:
+    """The encoder of a training run and what it is, checked to belong to the dataset.
+
+    Raises:
+        CheckpointError: there is none, or it was trained on another dataset.
+    """
+    encoder, info = load_checkpoint(run_dir)
+    if info.dataset != dataset.info.fingerprint:
+        raise CheckpointError(f"{run_dir}: was trained on another dataset than {dataset.path}")
+    return encoder, info
+
+
+def _current_user_embeddings(dataset: Dataset, encoder: HSTUEncoder) -> NDArray[np.float32]:
+    """Embeddings of a fixed sample of users as they stand after all their events, `[B, D]`."""
+    count = min(_RECALL_QUERIES, len(dataset))
+    users = np.sort(np.random.default_rng(0).choice(len(dataset), count, replace=False))
+    ends = dataset.offsets[users + 1]
+    times = dataset.events.timestamps[ends - 1].astype(np.int64)
+    batch = gather_histories(dataset.events, dataset.offsets[users], ends, times, encoder.config.max_length)
+    return embed_users(encoder, batch)
+
+
+def publish_snapshot(
+    dataset: Dataset, run_dir: Path, registry: Registry, spec: IndexSpec, report: Mapping[str, Any]
+) -> str:
+    """Build a snapshot from a training run and make it the live one; return its version.
+
+    Args:
+        dataset: what the encoder was trained on.
+        run_dir: the training run.
+        registry: where to publish.
+        spec: the index to build.
+        report: offline evaluation to keep with the snapshot.
+
+    Raises:
+        CheckpointError: the run holds no encoder of this dataset.
+        ConfigError: the index cannot be built.
+    """
+    encoder, info = load_trained(dataset, run_dir)
+    vectors = item_vectors(encoder)
+    index = build_index(vectors, spec)
+    counted = Vocabulary(
+        dataset.vocabulary.ids, {**dataset.vocabulary.attributes, "events": pa.array(dataset.item_counts)}
+    )
+    searcher = Searcher(index, vectors, counted.rank_by_id)
+    recall = ann_recall(searcher, vectors, _current_user_embeddings(dataset, encoder))
+
+    def write(folder: Path) -> bytes:
+        return write_snapshot(
+            folder,
+            encoder=encoder,
+            info=info,
+            vocabulary=counted,
+            index=index,
+            spec=spec,
+            ann_recall=recall,
+            report=report,
+        )
+
+    return registry.publish(write)
