@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from retrieval.data.splits import SplitInfo, split_dataset
+from retrieval.errors import DataError
+from tests.support import Event, write_dataset
+
+LIKE, SKIP = 1, 2
+HISTORIES: list[list[Event]] = [
+    [(0, LIKE, 10), (1, LIKE, 20), (2, LIKE, 30), (3, SKIP, 40)],  # events 0–3
+    [(1, LIKE, 5), (2, SKIP, 50)],  # 4–5: its only like has no history before it
+    [(3, SKIP, 7), (4, LIKE, 8)],  # 6–7
+    [(0, SKIP, 1), (1, SKIP, 2), (2, SKIP, 3)],  # 8–10: likes nothing
+]
+
+
+def test_leave_one_out_asks_for_the_last_positive_event_and_trains_before_it(tmp_path: Path) -> None:
+    split = split_dataset(write_dataset(tmp_path / "d", HISTORIES, range(5)), SplitInfo(protocol="leave-one-out"))
+    assert split.users.tolist() == [0, 2]
+    assert split.targets.tolist() == [2, 7]
+    assert split.train_ends.tolist() == [2, 4, 7, 11]
+
+
+def test_global_time_trains_before_the_moment_and_asks_for_the_first_positive_after_it(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", HISTORIES, range(5))
+    split = split_dataset(dataset, SplitInfo(protocol="global-time", time=8))
+    assert split.train_ends.tolist() == [0, 5, 7, 11]
+    assert split.users.tolist() == [2]  # user 0's first like after the moment is its first event
+    assert split.targets.tolist() == [7]
+
+
+def test_global_time_without_a_moment_records_the_one_it_chose(tmp_path: Path) -> None:
+    histories = [[(0, LIKE, t), (1, LIKE, t + 1)] for t in range(0, 100, 2)]
+    histories.append([(0, LIKE, 0), (1, LIKE, 95), (2, LIKE, 99)])
+    dataset = write_dataset(tmp_path / "d", histories, range(5))
+    split = split_dataset(dataset, SplitInfo(protocol="global-time"))
+    assert split.info.time is not None
+    assert 85 <= split.info.time <= 92
+    again = split_dataset(dataset, split.info)
+    assert again.train_ends.tolist() == split.train_ends.tolist()
+
+
+@pytest.mark.parametrize("protocol", ["leave-one-out", "global-time"])
+def test_no_training_event_lies_at_or_after_a_target(tmp_path: Path, protocol: str) -> None:
+    histories = [[(i % 5, 1 + (i + u) % 2, 10 * i + u) for i in range(3 + u)] for u in range(20)]
+    dataset = write_dataset(tmp_path / "d", histories, range(5))
+    split = split_dataset(dataset, SplitInfo.parse({"protocol": protocol}, "test"))
+    assert (split.train_ends[split.users] <= split.targets).all()
+    assert (split.train_ends >= dataset.offsets[:-1]).all()
+
+
+def test_all_trains_on_everything_and_asks_nobody(tmp_path: Path) -> None:
+    split = split_dataset(write_dataset(tmp_path / "d", HISTORIES, range(5)), SplitInfo(protocol="all"))
+    assert split.train_ends.tolist() == [4, 6, 8, 11]
+    assert len(split.users) == 0
+
+
+def test_a_split_without_targets_is_an_error(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", [[(0, SKIP, 1), (1, SKIP, 2)]], range(5))
+    with pytest.raises(DataError, match="no user with a history and a target"):
+        split_dataset(dataset, SplitInfo(protocol="leave-one-out"))

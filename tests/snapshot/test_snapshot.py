@@ -1,0 +1,234 @@
+"""Real snapshots on disk, published, opened, damaged and rolled back."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from retrieval.data.vocabulary import Vocabulary
+from retrieval.encoder.checkpoint import CheckpointInfo
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.inference import item_vectors
+from retrieval.encoder.model import HSTUEncoder
+from retrieval.errors import NoSnapshotError, RetrievalError, SnapshotCorruptError, SnapshotError
+from retrieval.index.builder import build_index
+from retrieval.index.spec import IndexSpec
+from retrieval.snapshot.manifest import MANIFEST, version_suffix
+from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.store import open_snapshot, write_snapshot
+
+ITEMS = 12
+CONFIG = HSTUConfig(num_items=ITEMS, max_length=6, width=8, qk_dim=8, v_dim=8)
+
+
+def publish(registry: Registry, seed: int = 0) -> str:
+    torch.manual_seed(seed)
+    encoder = HSTUEncoder(CONFIG).eval()
+    ids = pa.array([f"item-{number}" for number in range(ITEMS)])
+    vocabulary = Vocabulary(ids, {"events": pa.array((np.arange(ITEMS) + seed) % 5)})
+
+    def write(folder: Path) -> bytes:
+        return write_snapshot(
+            folder,
+            encoder=encoder,
+            info=CheckpointInfo(encoder=CONFIG, actions=("",), dataset="d", split={}, training={}),
+            vocabulary=vocabulary,
+            index=build_index(item_vectors(encoder), IndexSpec()),
+            spec=IndexSpec(),
+            ann_recall=1.0,
+            report={"seed": seed},
+        )
+
+    return registry.publish(write)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    registry = Registry(tmp_path / "registry")
+    publish(registry)
+    return registry
+
+
+def test_a_published_snapshot_opens_and_answers(registry: Registry) -> None:
+    snapshot = open_snapshot(registry.folder(registry.current()))
+    vectors = item_vectors(snapshot.encoder)
+    assert snapshot.searcher.search(vectors, [1] * ITEMS).rows[:, 0].tolist() == list(range(ITEMS))
+    assert snapshot.vocabulary.ids_of(np.array([3])) == ["item-3"]
+    assert snapshot.popular[:2].tolist() == [4, 9]
+    assert snapshot.version == registry.current()
+
+
+def test_versions_grow_and_the_newest_is_live(registry: Registry) -> None:
+    second = publish(registry, seed=1)
+    assert [version[:7] for version in registry.versions()] == ["000001-", "000002-"]
+    assert registry.current() == second
+
+
+def test_rolling_back_names_the_version_before(registry: Registry) -> None:
+    first = registry.current()
+    publish(registry, seed=1)
+    registry.activate(registry.previous())
+    assert registry.current() == first
+    with pytest.raises(SnapshotError, match="no version before"):
+        registry.previous()
+
+
+def test_a_version_after_a_rollback_does_not_reuse_a_name(registry: Registry) -> None:
+    publish(registry, seed=1)
+    registry.activate(registry.previous())
+    assert publish(registry, seed=2).startswith("000003-")
+
+
+def test_an_empty_registry_says_so(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "none")
+    assert registry.versions() == []
+    with pytest.raises(NoSnapshotError, match="holds no live snapshot yet"):
+        registry.current()
+
+
+@pytest.mark.parametrize("version", ["../registry", "000009-000000000000", "CURRENT", ""])
+def test_a_version_that_is_not_there_is_never_opened(registry: Registry, version: str) -> None:
+    with pytest.raises(SnapshotError, match="has no version"):
+        registry.folder(version)
+
+
+def test_a_write_that_fails_changes_nothing(registry: Registry) -> None:
+    live, entries = registry.current(), sorted(os.listdir(registry.path))
+
+    def fails(folder: Path) -> bytes:
+        (folder / "encoder.json").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        registry.publish(fails)
+    assert registry.current() == live
+    assert sorted(os.listdir(registry.path)) == entries
+
+
+FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow", MANIFEST)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_refused(registry: Registry, name: str) -> None:
+    folder = registry.folder(registry.current())
+    content = (folder / name).read_bytes()
+    rng = np.random.default_rng(0)
+    for place in {0, len(content) - 1, *rng.integers(0, len(content), 30).tolist()}:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        (folder / name).write_bytes(flipped)
+        with pytest.raises(SnapshotCorruptError, match=name):
+            open_snapshot(folder)
+    (folder / name).write_bytes(content)
+    open_snapshot(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncation_trailing_bytes_holes_and_absence_are_refused(registry: Registry, name: str) -> None:
+    folder = registry.folder(registry.current())
+    content = (folder / name).read_bytes()
+    hole = bytearray(content)
+    hole[len(hole) // 3 : len(hole) // 2] = bytes(len(hole) // 2 - len(hole) // 3)
+    for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0", bytes(hole)):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(SnapshotCorruptError, match=name):
+            open_snapshot(folder)
+    (folder / name).unlink()
+    with pytest.raises(SnapshotError, match=name):
+        open_snapshot(folder)
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "index.faiss", "vocabulary.arrow", "encoder.json"])
+def test_a_file_of_another_night_is_refused(registry: Registry, name: str) -> None:
+    first = registry.folder(registry.current())
+    second = registry.folder(publish(registry, seed=1))
+    assert (first / name).read_bytes() != (second / name).read_bytes()
+    shutil.copy(first / name, second / name)
+    with pytest.raises(SnapshotCorruptError, match=name):
+        open_snapshot(second)
+
+
+def test_a_file_that_does_not_belong_is_refused(registry: Registry) -> None:
+    folder = registry.folder(registry.current())
+    (folder / "extra.bin").write_bytes(b"?")
+    with pytest.raises(SnapshotCorruptError, match=r"extra\.bin: does not belong"):
+        open_snapshot(folder)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(registry: Registry, tmp_path: Path) -> None:
+    folder = registry.folder(registry.current())
+    shutil.move(folder / "index.faiss", tmp_path / "elsewhere")
+    (folder / "index.faiss").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SnapshotCorruptError, match="not a plain file"):
+        open_snapshot(folder)
+
+
+def rewrite_manifest(folder: Path, **changes: object) -> Path:
+    """Change the manifest and name the folder as if it had been published so."""
+    values = json.loads((folder / MANIFEST).read_text()) | changes
+    content = json.dumps(values).encode()
+    (folder / MANIFEST).write_bytes(content)
+    return folder.rename(folder.with_name(f"{folder.name[:7]}{version_suffix(content)}"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": 2}, "format 2 is not the format 1"),
+        ({"items": 13}, "do not belong together"),
+        ({"width": 9}, "do not belong together"),
+        ({"surprise": 1}, "surprise"),
+        ({"files": {}}, "does not belong to the snapshot"),
+    ],
+)
+def test_a_manifest_that_cannot_be_honoured_is_refused(
+    registry: Registry, changes: dict[str, object], sentence: str
+) -> None:
+    folder = rewrite_manifest(registry.folder(registry.current()), **changes)
+    with pytest.raises(RetrievalError, match=sentence):
+        open_snapshot(folder)
+
+
+def test_publishing_killed_at_any_moment_leaves_the_live_snapshot_whole(registry: Registry) -> None:
+    """kill -9 in real processes, at moments spread over the whole of publishing."""
+    live = registry.current()
+    script = textwrap.dedent(f"""
+        import os, signal, sys
+        from pathlib import Path
+        from retrieval.snapshot.registry import Registry
+        from tests.snapshot.test_snapshot import publish
+        left = int(sys.argv[1])
+        def die(event, arguments):
+            global left
+            if event in ("open", "os.rename", "os.remove", "os.rmdir") and "registry" in str(arguments[0]):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(die)
+        publish(Registry(Path({str(registry.path)!r})), seed=5)
+        print("published")
+    """)
+    killed = 0
+    for moment in range(1, 60, 6):
+        process = subprocess.run(
+            [sys.executable, "-c", script, str(moment)], capture_output=True, text=True, check=False, cwd=Path.cwd()
+        )
+        now = registry.current()
+        assert open_snapshot(registry.folder(now)).version == now
+        if process.returncode == 0:
+            assert process.stdout == "published\n"
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        killed += 1
+        assert now == live or moment > 20, "the live version changed before the new one was complete"
+    assert killed >= 3
+    assert publish(registry, seed=6) == registry.current()
