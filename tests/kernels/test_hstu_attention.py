@@ -44,15 +44,15 @@ class Problem:
         """Output and gradients of q, k, v and of the tables in use."""
         leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in self.leaves]
         q, k, v, pos, time = leaves
-        used = {"pos_table": pos if "p" in tables else None, "time_table": time if "t" in tables else None}
+        pos_table, time_table = pos if "p" in tables else None, time if "t" in tables else None
+        where = (self.offsets, self.timestamps, self.query_times)
         if reference:
-            where = (self.offsets, self.timestamps, self.query_times)
-            out = hstu_attention_reference(q, k, v, *where, **used, norm=norm)
+            out = hstu_attention_reference(q, k, v, *where, pos_table=pos_table, time_table=time_table, norm=norm)
         else:
-            plan = plan_attention(self.offsets, self.timestamps, self.query_times)
-            out = hstu_attention(q, k, v, plan, **used, norm=norm)
+            plan = plan_attention(*where)
+            out = hstu_attention(q, k, v, plan, pos_table=pos_table, time_table=time_table, norm=norm)
         out.backward(self.grad_out.to(dtype))
-        grads = [leaf.grad for leaf in (q, k, v, *(table for table in used.values() if table is not None))]
+        grads = [leaf.grad for leaf in (q, k, v, *(table for table in (pos_table, time_table) if table is not None))]
         return [out.detach(), *(grad for grad in grads if grad is not None)]
 
 

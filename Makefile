@@ -1,0 +1,47 @@
+# Every target does its own set-up: a virtual environment in .venv with pinned packages.
+#   make demo [DATA=events.parquet] [ARGS='--action rating …']   the whole way, ends with answers from a live server
+#   make test                                                    the tests
+#   make check                                                   lint, types and tests
+PYTHON ?= python3
+VENV ?= .venv
+# Packages beside the core: `cpu` (faiss-cpu) or `gpu` (faiss-gpu), and what tests and checks need.
+EXTRAS ?= cpu,dev
+OUT ?= demo
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+comma := ,
+
+.PHONY: help setup demo test lint types check stubs clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	$(BIN)/retrieval demo $(DATA) --out $(OUT) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+# The gRPC stubs are committed; a test compares them with what the proto gives.
+stubs: setup
+	$(BIN)/python protos/generate.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
