@@ -44,7 +44,7 @@ def as_numpy(batch: pa.RecordBatch, name: str, path: Path) -> NDArray:
     """A fixed-width column without nulls as a read-only numpy array that shares the file's bytes.
 
     Raises:
-        DataError: the column is missing or has nulls.
+        DataError: the column is missing, has nulls, or is not of fixed width.
     """
     index = batch.schema.get_field_index(name)
     if index < 0:
@@ -52,5 +52,8 @@ def as_numpy(batch: pa.RecordBatch, name: str, path: Path) -> NDArray:
     column = batch.column(index)
     if column.null_count:
         raise DataError(f"{path}: column {name!r} has {column.null_count} nulls")
-    values: NDArray = np.asarray(column.to_numpy(zero_copy_only=True))
+    try:
+        values: NDArray = np.asarray(column.to_numpy(zero_copy_only=True))
+    except pa.ArrowInvalid:
+        raise DataError(f"{path}: column {name!r} holds {column.type} values instead of numbers") from None
     return values

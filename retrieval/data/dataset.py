@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from retrieval.config import Config
 from retrieval.data.columns import as_numpy, map_columns
-from retrieval.data.vocabulary import Vocabulary, id_positions
+from retrieval.data.vocabulary import Vocabulary, id_positions, integers_of
 from retrieval.errors import DataError
 from retrieval.files import sha256_of
 from retrieval.types import EventColumns
@@ -103,16 +103,21 @@ class Dataset:
 
     def users_named(self, ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
         """Index of each user id, −1 where unknown: int64 `[len(ids)]`. Bisects; loads nothing up front."""
-        try:
-            wanted = pa.array(ids, type=self.user_ids.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            return np.full(len(ids), -1, np.int64)
+        if pa.types.is_integer(self.user_ids.type):
+            values, fits = integers_of(ids)
+            return np.where(fits, id_positions(self.user_ids, pa.array(values)), -1)
+        wanted = pa.array([one if _is_text(one) else None for one in ids], pa.string())
         return id_positions(self.user_ids, wanted)
 
     @cached_property
     def item_counts(self) -> NDArray[np.int64]:
         """Events per item over the whole dataset, int64 `[N]`."""
         return np.bincount(self.events.items, minlength=len(self.vocabulary)).astype(np.int64)
+
+
+def _is_text(value: object) -> bool:
+    # A lone surrogate has no bytes in UTF-8, so no stored id can be equal to it.
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _read_info(path: Path) -> DatasetInfo:

@@ -16,14 +16,27 @@ from numpy.typing import NDArray
 from retrieval.data.columns import map_columns, write_columns
 from retrieval.errors import DataError
 
-__all__ = ["Vocabulary", "id_positions"]
+__all__ = ["Vocabulary", "id_positions", "integers_of"]
+
+_INT64 = range(-(2**63), 2**63)
+
+
+def integers_of(ids: Sequence[object] | NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Ids as int64 `[len(ids)]`, and which of them are 64-bit integers at all: bool `[len(ids)]`, else 0."""
+    array = ids if isinstance(ids, np.ndarray) else np.asarray(ids) if len(ids) else np.zeros(0, np.int64)
+    if array.dtype.kind == "i" or (array.dtype.kind == "u" and array.itemsize < 8):
+        return array.astype(np.int64), np.ones(len(array), bool)
+    # Mixed or huge values: numpy would take them for floats or text, and so change the ids among them.
+    fits = [isinstance(one, int | np.integer) and not isinstance(one, bool) and int(one) in _INT64 for one in ids]
+    values = [int(one) if fit else 0 for one, fit in zip(ids, fits, strict=True)]
+    return np.array(values, np.int64), np.array(fits, bool)
 
 
 def id_positions(sorted_ids: pa.Array, ids: pa.Array) -> NDArray[np.int64]:
     """Position of each of `ids` in `sorted_ids` (ascending, unique), −1 where absent: int64 `[len(ids)]`.
 
-    Both have the same type, int64 or string; strings are ordered by their UTF-8 bytes. Works on memory-mapped
-    ids by bisection, so nothing is built or loaded up front.
+    Both have the same type, int64 or string; strings are ordered by their UTF-8 bytes; null is absent. Works
+    on memory-mapped ids by bisection, so nothing is built or loaded up front.
     """
     if len(sorted_ids) == 0:
         return np.full(len(ids), -1, np.int64)
@@ -32,7 +45,8 @@ def id_positions(sorted_ids: pa.Array, ids: pa.Array) -> NDArray[np.int64]:
         wanted = ids.to_numpy(zero_copy_only=False)
         position = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         return np.where(known[position] == wanted, position, -1)
-    return np.fromiter((_bisect(sorted_ids, value) for value in ids.to_pylist()), np.int64, len(ids))
+    places = (-1 if value is None else _bisect(sorted_ids, value) for value in ids.to_pylist())
+    return np.fromiter(places, np.int64, len(ids))
 
 
 def _bisect(sorted_ids: pa.Array, value: str) -> int:
@@ -72,7 +86,7 @@ class Vocabulary:
         """Memory-map `vocabulary.arrow`.
 
         Raises:
-            DataError: the file is missing or unreadable, or ids are null or not unique.
+            DataError: the file is missing or unreadable, or ids are null.
         """
         batch = map_columns(path)
         if "id" not in batch.schema.names:
@@ -113,12 +127,12 @@ class Vocabulary:
         if self.has_string_ids:
             known = self._row_of_string
             return np.fromiter((known.get(value, -1) for value in ids), np.int64, len(ids))  # type: ignore[arg-type]
-        wanted = np.asarray(ids)
-        if len(self) == 0 or wanted.size == 0 or wanted.dtype.kind not in "iu":
+        wanted, fits = integers_of(ids)
+        if len(self) == 0:
             return np.full(len(ids), -1, np.int64)
         sorted_ids, order = self._sorted_integers
         position = np.minimum(np.searchsorted(sorted_ids, wanted), len(sorted_ids) - 1)
-        return np.where(sorted_ids[position] == wanted, order[position], -1)
+        return np.where(fits & (sorted_ids[position] == wanted), order[position], -1)
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[int] | list[str]:
         """Ids of rows, as Python integers or strings."""

@@ -84,13 +84,11 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(
 
 def test_a_run_killed_by_the_kernel_resumes_to_the_same_bits(data: tuple[Dataset, Split], tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
-        import sys
         from pathlib import Path
         from retrieval.data.dataset import Dataset
         from retrieval.data.splits import SplitInfo, split_dataset
         from retrieval.encoder.config import HSTUConfig
         from retrieval.training import trainer
-from retrieval.training.loss import sampled_softmax_loss
         trainer._STATE_SECONDS = 0.0
         dataset = Dataset(Path({str(data[0].path)!r}))
         split = split_dataset(dataset, SplitInfo(protocol="leave-one-out"))

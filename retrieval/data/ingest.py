@@ -1,0 +1,363 @@
+"""From an event log to a dataset folder, out of core.
+
+    files ─ stage ─▶ DuckDB table in the log's order ─ decide ids, times, actions ─▶ codes
+        ─ one sort of narrow integers by (user, time, place in the log) ─ sweep ─▶ Arrow columns
+
+The order of equal times is the log's: files by name, then rows as they stand. Times are compared as they were
+written, to the microsecond, and stored as whole seconds.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from retrieval.data.catalogue import Catalogue, read_attributes, stage_catalogue
+from retrieval.data.dataset import DATASET_FORMAT, ActionValue, Dataset, DatasetInfo, fingerprint_of
+from retrieval.data.duck import Engine, Progress
+from retrieval.data.events import Dialect, EventSchema, ItemSchema, Source, open_source
+from retrieval.data.spill import Spill
+from retrieval.data.staging import (
+    FOREIGN,
+    IdColumn,
+    TimeColumn,
+    read_actions,
+    read_ids,
+    read_times,
+    staged_id,
+    staged_text,
+    staged_time,
+)
+from retrieval.data.sweep import Rows, Sweep
+from retrieval.errors import DataError, RetrievalError
+from retrieval.files import new_folder
+
+__all__ = ["Dialect", "EventSchema", "ItemSchema", "ingest"]
+
+_MAX_ITEMS = 2**31 - 1
+TIE_ORDER = "file order"
+
+
+def ingest(
+    sources: Path,
+    out: Path,
+    *,
+    schema: EventSchema | None = None,
+    items: Path | None = None,
+    item_schema: ItemSchema | None = None,
+    memory: str = "2GB",
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Turn an event log into a dataset folder.
+
+    Args:
+        sources: a Parquet, delimited-text or JSON-lines file, or a folder of files of one format.
+        out: the folder to write; it appears whole or not at all.
+        schema: columns of the log.
+        items: item metadata, in any of the formats.
+        item_schema: columns of the metadata.
+        memory: limit of DuckDB's buffers; the process takes some hundred MB more, whatever the log's length.
+        replace: whether a dataset folder at `out` may be replaced.
+        progress: called with a stage (`read`, `items`, `check`, `codes`, `sort`, `write`) and the share of it that
+            is done, 0 to 1, in part from a helper thread.
+
+    Returns:
+        The dataset, opened. `info.repairs` counts what was mended, `info.statistics` describes the events.
+
+    Raises:
+        DataError: the log or the metadata cannot be used; the sentence names file, column and, where it can, row.
+        ConfigError: `memory` is no size, or not enough.
+        RetrievalError: a file cannot be read or written, or the disk is full.
+    """
+    _refuse_existing(out, replace)
+    try:
+        with new_folder(out, replace=replace) as folder, _scratch(folder) as scratch:
+            _Ingest(folder, scratch, sources, schema or EventSchema(), memory, progress).run(
+                items, item_schema or ItemSchema()
+            )
+    except OSError as error:
+        raise RetrievalError(f"{error.filename or out}: {error.strerror or error}") from error
+    return Dataset(out)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _refuse_existing(out: Path, replace: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not replace:
+        raise DataError(f"{out}: exists already; name another folder, or ask for it to be replaced")
+    try:
+        known = isinstance(json.loads((out / "dataset.json").read_text(encoding="utf-8"))["format"], int)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise DataError(f"{out}: is not a dataset folder, so it is not replaced")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Meaning:
+    """What the staged table's columns are: SQL for each, and what it was decided from."""
+
+    source: Source
+    users: IdColumn
+    items: IdColumn
+    times: TimeColumn
+    action: str | None
+    item_type: Literal["integer", "string"]
+
+    @property
+    def fields(self) -> str:
+        """SQL of user, item, time in microseconds and action over the staged table, null where unusable."""
+        return (
+            f"{self.users.read_as(self.users.type)} AS user, {self.items.read_as(self.item_type)} AS item, "
+            f"{self.times.microseconds} AS micros, {'action' if self.action else 'NULL::VARCHAR AS action'}"
+        )
+
+    @property
+    def valid(self) -> str:
+        """SQL of the rows that become events, each with its place in the log."""
+        return (
+            f"SELECT * FROM (SELECT rowid AS ordinal, {self.fields} FROM staged) "
+            "WHERE user IS NOT NULL AND item IS NOT NULL AND micros IS NOT NULL"
+        )
+
+
+class _Ingest:
+    """One run: holds what its steps share."""
+
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        sources: Path,
+        schema: EventSchema,
+        memory: str,
+        progress: Progress | None,
+    ) -> None:
+        self.folder, self.scratch, self.sources, self.schema = folder, scratch, sources, schema
+        self.engine = Engine(scratch, memory, progress)
+        self.spill = Spill(scratch)
+        self.repairs: dict[str, int] = {}
+
+    def run(self, items: Path | None, item_schema: ItemSchema) -> None:
+        """All steps, in order."""
+        with contextlib.closing(self.engine):
+            source, action = self._stage()
+            meaning, catalogue = self._decide(source, action, items, item_schema)
+            rows = self._count_repairs(meaning)
+            actions = self._actions(meaning)
+            item_count = self._codes(meaning, catalogue)
+            sweep = self._sort(meaning, rows, item_count)
+            user_ids, item_ids, attributes = self._ids(meaning, catalogue)
+            statistics = self._statistics(meaning, sweep, rows, actions)
+        self._write(user_ids, item_ids, attributes)
+        self.engine.report("write", 0.9)
+        info = DatasetInfo(
+            format=DATASET_FORMAT,
+            users=len(user_ids),
+            items=len(item_ids),
+            events=sweep.events,
+            actions=actions,
+            statistics=statistics,
+            repairs=self.repairs,
+            sources=tuple(str(path) for path in (*source.files, *(catalogue.source.files if catalogue else ()))),
+            fingerprint=fingerprint_of(self.folder),
+        )
+        (self.folder / "dataset.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self.engine.report("write", 1.0)
+
+    def _stage(self) -> tuple[Source, str | None]:
+        """Copy the mapped columns into table `staged`, row for row in the log's order."""
+        schema = self.schema
+        named = (schema.user, schema.item, schema.time, *([schema.action] if schema.action else []))
+        guess = ("action",) if schema.action is None else ()
+        source = open_source(self.engine, self.sources, schema, wanted=named, optional=guess)
+        action = schema.action if schema.action is not None else "action" if "action" in source.columns else None
+        expressions = {
+            **staged_id("user", schema.user, source.kind(schema.user, "user ids")),
+            **staged_id("item", schema.item, source.kind(schema.item, "item ids")),
+            **staged_time("time", schema.time, source.kind(schema.time, "times")),
+        }
+        if action:
+            kind = source.kind(action, "actions")
+            if kind in ("time", "other"):
+                raise DataError(f"{self.sources}: column {action!r} holds {FOREIGN[kind]}, which cannot be actions")
+            expressions["action"] = staged_text(action, kind)
+        elif schema.positive:
+            raise DataError(f"{self.sources}: positive values are named, but the log has no action column")
+        self.engine.rows(f"CREATE TABLE staged AS {source.select(expressions)}", stage="read")
+        if source.empty_files:
+            self.repairs["empty_files"] = source.empty_files
+        (rows,) = self.engine.row("SELECT count(*) FROM staged")
+        if not rows:
+            raise DataError(f"{self.sources}: has no events (columns {', '.join(source.columns)}, no rows)")
+        return source, action or None
+
+    def _decide(
+        self, source: Source, action: str | None, items: Path | None, item_schema: ItemSchema
+    ) -> tuple[_Meaning, Catalogue | None]:
+        """Find the types of ids and the unit of times, and read the item metadata."""
+        schema, engine = self.schema, self.engine
+        self.engine.report("check", 0.0)
+        kinds = [source.kind(name, "") for name in (schema.user, schema.item, schema.time)]
+        user_ids = read_ids(engine, "staged", "user", source, schema.user, kinds[0], schema.user_type)
+        item_ids = read_ids(engine, "staged", "item", source, schema.item, kinds[1], schema.item_type)
+        self.engine.report("check", 0.5)
+        times = read_times(engine, source, schema.time, kinds[2], schema.time_unit)
+        catalogue = None
+        item_type = item_ids.type
+        if items is not None:
+            catalogue = stage_catalogue(engine, items, item_schema, schema.item_type)
+            item_type = _common_type(f"{source.path}: column {schema.item!r}", item_ids, catalogue)
+        self.engine.report("check", 1.0)
+        meaning = _Meaning(
+            source=source, users=user_ids, items=item_ids, times=times, action=action, item_type=item_type
+        )
+        return meaning, catalogue
+
+    def _count_repairs(self, meaning: _Meaning) -> int:
+        """Count rows that cannot become events, each under its first fault; returns all rows of the log."""
+        has_action = meaning.action is not None
+        faults = {
+            "missing_user": "user IS NULL",
+            "missing_item": "user IS NOT NULL AND item IS NULL",
+            "missing_time": "user IS NOT NULL AND item IS NOT NULL AND time IS NULL",
+            "unparsable_time": "user IS NOT NULL AND item IS NOT NULL AND time IS NOT NULL AND micros IS NULL",
+        }
+        unlabelled = "user IS NOT NULL AND item IS NOT NULL AND micros IS NOT NULL AND action IS NULL"
+        counts = ", ".join(f"count(*) FILTER ({test})" for test in (*faults.values(), unlabelled))
+        rows, *found = self.engine.row(f"SELECT count(*), {counts} FROM (SELECT time, {meaning.fields} FROM staged)")
+        dropped = dict(zip(faults, found, strict=False))
+        if 2 * sum(dropped.values()) > rows:
+            why = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in dropped.items() if count)
+            raise DataError(
+                f"{self.sources}: {sum(dropped.values()):,} of {rows:,} rows have no usable user, item or time "
+                f"({why}); are the right columns mapped?"
+            )
+        self.repairs |= dropped | ({"missing_action": found[-1]} if has_action else {})
+        return int(rows)
+
+    def _actions(self, meaning: _Meaning) -> tuple[ActionValue, ...]:
+        if meaning.action is None:
+            self.engine.rows("CREATE TABLE actions (value VARCHAR, code UTINYINT)")
+            return (ActionValue(value="", positive=True),)
+        column = f"{self.sources}: column {meaning.action!r}"
+        return read_actions(self.engine, meaning.valid, column, meaning.action, self.schema)
+
+    def _codes(self, meaning: _Meaning, catalogue: Catalogue | None) -> int:
+        """Write tables `users` and `vocabulary`: ids ascending, strings by their bytes; `rowid` is the code.
+
+        Returns:
+            The number of items.
+        """
+        engine = self.engine
+        engine.rows(f"CREATE TABLE users AS SELECT DISTINCT user AS id FROM ({meaning.valid}) ORDER BY id", "codes")
+        known = f"SELECT item AS id FROM ({meaning.valid})"
+        if catalogue is not None:
+            item = catalogue.ids.read_as(meaning.item_type)
+            known += f" UNION ALL SELECT {item} AS id FROM catalogue WHERE {item} IS NOT NULL"
+        engine.rows(f"CREATE TABLE vocabulary AS SELECT DISTINCT id FROM ({known}) ORDER BY id", "codes")
+        (count,) = engine.row("SELECT count(*) FROM vocabulary")
+        if count > _MAX_ITEMS:
+            raise DataError(f"{self.sources}: {count:,} items are more than the {_MAX_ITEMS:,} that a dataset can hold")
+        return int(count)
+
+    def _sort(self, meaning: _Meaning, rows: int, item_count: int) -> Sweep:
+        """Sort events by user, time and place in the log, and sweep them into raw column files."""
+        place = "INTEGER" if rows <= _MAX_ITEMS else "BIGINT"
+        # Only narrow integers are sorted: ids, however long, stay behind in the tables of codes.
+        query = (
+            f"SELECT CAST(u.rowid AS {place}) AS user, e.micros AS time, CAST(e.ordinal AS {place}) AS ordinal, "
+            "CAST(v.rowid AS INTEGER) AS item, coalesce(a.code, CAST(0 AS UTINYINT)) AS action "
+            f"FROM ({meaning.valid}) e JOIN users u ON e.user = u.id JOIN vocabulary v ON e.item = v.id "
+            "LEFT JOIN actions a ON e.action = a.value ORDER BY 1, 2, 3"
+        )
+        with contextlib.closing(Sweep(self.spill, item_count)) as sweep:
+            for batch in self.engine.batches(query, stage="sort"):
+                sweep.feed(Rows.of(batch))
+                self.engine.report("write", 0.8 * sweep.events / rows)
+            sweep.finish()
+        self.repairs |= {"duplicates": sweep.duplicates, "out_of_order": sweep.out_of_order}
+        return sweep
+
+    def _ids(self, meaning: _Meaning, catalogue: Catalogue | None) -> tuple[pa.Array, pa.Array, dict[str, pa.Array]]:
+        """User ids, item ids and item attributes, in the order of their codes."""
+        every = "SELECT id FROM {} ORDER BY rowid"
+        user_ids = self.spill.ids("user", self.engine.batches(every.format("users")))
+        item_ids = self.spill.ids("item_id", self.engine.batches(every.format("vocabulary")))
+        if catalogue is None:
+            return user_ids, item_ids, {}
+        attributes, repairs = read_attributes(self.engine, catalogue, catalogue.ids.read_as(meaning.item_type))
+        self.repairs |= repairs
+        return user_ids, item_ids, attributes
+
+    def _statistics(
+        self, meaning: _Meaning, sweep: Sweep, rows: int, actions: tuple[ActionValue, ...]
+    ) -> dict[str, Any]:
+        ends = self.spill.column("end", pa.int64()).to_numpy()
+        lengths = np.diff(ends, prepend=0)
+        counts = [int(count) for count in sweep.action_counts[: len(actions)]]
+        positive = sum(count for count, action in zip(counts, actions, strict=True) if action.positive)
+        followers = sweep.events - sweep.users
+        return {
+            "rows_read": rows,
+            "first_time": _iso(sweep.first),
+            "last_time": _iso(sweep.last),
+            "events_per_user": {
+                "min": int(lengths.min()),
+                "p50": round(float(np.quantile(lengths, 0.5)), 1),
+                "p90": round(float(np.quantile(lengths, 0.9)), 1),
+                "max": int(lengths.max()),
+                "mean": round(sweep.events / sweep.users, 3),
+            },
+            "action_counts": {action.value: count for action, count in zip(actions, counts, strict=True)},
+            "positive_share": round(positive / sweep.events, 6),
+            "tied_neighbours_share": round(sweep.tied / followers, 6) if followers else 0.0,
+            "tie_order": TIE_ORDER,
+            "time_unit": meaning.times.unit,
+            "items_without_events": int(np.count_nonzero(~sweep.met_items)),
+            "user_id_type": meaning.users.type,
+            "item_id_type": meaning.item_type,
+        }
+
+    def _write(self, user_ids: pa.Array, item_ids: pa.Array, attributes: dict[str, pa.Array]) -> None:
+        """Turn the raw column files into the folder's Arrow files."""
+        ends = self.spill.column("end", pa.int64())
+        assert len(ends) == len(user_ids), "every user has at least one event"
+        self.spill.write(self.folder / "users.arrow", {"id": user_ids, "end": ends})
+        self.spill.write(self.folder / "vocabulary.arrow", {"id": item_ids, **attributes})
+        events = {"item": pa.int32(), "action": pa.uint8(), "timestamp": pa.int64()}
+        columns = {name: self.spill.column(name, type_) for name, type_ in events.items()}
+        self.spill.write(self.folder / "events.arrow", columns)
+
+
+def _common_type(column: str, events: IdColumn, catalogue: Catalogue) -> Literal["integer", "string"]:
+    """Type that item ids of the log and of the metadata can both be read as."""
+    ids = catalogue.ids
+    if events.type == ids.type:
+        return events.type
+    integers, strings = (column, catalogue.column) if events.type == "integer" else (catalogue.column, column)
+    if not (events if events.type == "integer" else ids).free:
+        raise DataError(f"{integers} holds integers but {strings} holds strings; items could not be matched")
+    return "string"
+
+
+def _iso(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
