@@ -10,7 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["OUT", "Update", "progress", "say"]
 
-OUT = Console(highlight=False, soft_wrap=True)
+# A pipe has no width of its own; tables should not be cut to a guess.
+_PIPE_WIDTH = 140
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 _ERR = Console(stderr=True, highlight=False)
 _PLAIN_SECONDS = 5.0
 

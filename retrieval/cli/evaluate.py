@@ -94,18 +94,15 @@ def report_table(report: "Report", possible: Mapping[int, float] | None = None) 
 
     columns = [f"recall@{k}" for k in KS] + ["ndcg@10", "mrr"]
     moment = f" at {report.split.time}" if report.split.time is not None else ""
-    table = Table(
-        title=f"{report.split.protocol}{moment}: {report.queries:,} users, {report.candidates:,} candidates, "
-        "own history hidden; 95% intervals",
-        title_justify="left",
-    )
-    table.add_column("ranker", no_wrap=True)
+    title = f"{report.split.protocol}{moment}: {report.queries:,} users, {report.candidates:,} candidates"
+    caption = "own history hidden; ± half of the 95% interval"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("ranker")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         estimates = [row.metrics[column] for column in columns]
-        cells = [f"{e.mean:.4f} [{e.low:.3f}–{e.high:.3f}]" for e in estimates]
-        table.add_row(row.ranker, *(cell.replace("0.", ".") for cell in cells))
+        table.add_row(row.ranker, *(f"{e.mean:.4f} ±{(e.high - e.low) / 2:.3f}".replace("0.", ".") for e in estimates))
     if possible:
-        table.add_row("possible", *(f"{possible[k]:.4f}".replace("0.", ".") for k in KS), "", "")
+        table.add_row("possible", *(f"{possible[k]:.4f}      ".replace("0.", ".") for k in KS), "", "")
     return table

@@ -100,7 +100,10 @@ def ingest_with_progress(
             item_schema=ItemSchema.parse({k: v for k, v in metadata.items() if v is not None}, "command line"),
             memory=memory,
             replace=replace,
-            progress=lambda stage, share: update(100 * share, 100, f"% {stage}"),
+            # Each stage counts to 1; only the last one ends the bar.
+            progress=lambda stage, share: update(
+                100 * min(share, 1.0 if stage == "write" else 0.99), 100, f"% {stage}"
+            ),
         )
 
 

@@ -1,7 +1,132 @@
-"""x"""
+"""`retrieval query`: ask a running server for candidates."""
 
 import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.table import Table
+
+from retrieval.cli.console import OUT, say
+from retrieval.cli.options import add_json_option
+from retrieval.errors import InputError, UnknownUserError
+
+if TYPE_CHECKING:
+    from retrieval.rpc.client import History, Retrieved, StoredUser
+
+__all__ = ["add_parser", "candidate_table"]
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add."""
+    """Add the command."""
+    parser = commands.add_parser(
+        "query",
+        help="ask a running server for candidates",
+        description="Ask a running server for the best items of a stored user or of a history.",
+    )
+    user = parser.add_mutually_exclusive_group(required=True)
+    user.add_argument("--user", metavar="ID", help="a user of the server's stored histories")
+    user.add_argument(
+        "--history",
+        metavar="FILE",
+        help='events, oldest first, as JSON lines: {"item": ID, "timestamp": SECONDS, "action": NAME}; - for stdin',
+    )
+    parser.add_argument("-k", type=int, default=20, help="how many items (default: 20)")
+    parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="default: localhost:50051")
+    parser.add_argument("--request-time", type=int, metavar="SECONDS", help="moment of the request, UTC (default: now)")
+    parser.add_argument("--exclude", default="", metavar="IDS", help="items to leave out, by comma")
+    parser.add_argument("--exclude-seen", action="store_true", help="leave out every item of the history")
+    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default: 5")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Ask and print."""
+    from retrieval.rpc.client import RetrievalClient
+
+    with RetrievalClient(parsed.address, timeout=parsed.timeout) as client:
+        excluded = [text for text in parsed.exclude.split(",") if text]
+        exclude = excluded if client.serving_state().string_ids else [_integer("--exclude", text) for text in excluded]
+
+        def ask(user: "History | StoredUser") -> "Retrieved":
+            return client.retrieve(
+                user,
+                k=parsed.k,
+                request_time=parsed.request_time,
+                exclude=exclude,
+                exclude_seen=parsed.exclude_seen,
+                include_titles=True,
+            )
+
+        answer = _ask_for_user(ask, parsed.user) if parsed.user is not None else ask(_read_history(parsed.history))
+    if parsed.json:
+        print(json.dumps(asdict(answer) | {"source": answer.source.value}))
+        return
+    OUT.print(candidate_table(answer))
+    say(f"snapshot {answer.snapshot_version}, source {answer.source.name.lower()}")
+    if answer.shortfall:
+        say(f"{answer.shortfall} fewer than asked for: no more items are eligible")
+    if answer.unknown_items:
+        say(f"{answer.unknown_items} events of the history are of items that the catalogue does not have")
+
+
+def candidate_table(answer: "Retrieved") -> Table:
+    """Candidates, best first."""
+    table = Table("rank", "item", *(["title"] if answer.titles else []), "score")
+    titles = answer.titles or [""] * len(answer.items)
+    for rank, (item, title, score) in enumerate(zip(answer.items, titles, answer.scores, strict=True), 1):
+        table.add_row(str(rank), str(item), *([title] if answer.titles else []), f"{score:.4f}")
+    return table
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option}: {text!r} is not an integer, but the catalogue's item ids are") from None
+
+
+def _ask_for_user(ask: "Callable[[History | StoredUser], Retrieved]", text: str) -> "Retrieved":
+    """A command line cannot tell the id 7 from the id "7": try both kinds."""
+    from retrieval.rpc.client import StoredUser
+
+    try:
+        if text == str(int(text)):
+            try:
+                return ask(StoredUser(int(text)))
+            except UnknownUserError:
+                pass
+    except ValueError:
+        pass
+    return ask(StoredUser(text))
+
+
+def _read_history(name: str) -> "History":
+    from retrieval.rpc.client import History
+
+    try:
+        if name == "-":
+            return _parse_history(sys.stdin, "standard input", History)
+        with Path(name).open(encoding="utf-8") as file:
+            return _parse_history(file, name, History)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: cannot be read ({error})") from None
+
+
+def _parse_history(lines: TextIO, name: str, history: "type[History]") -> "History":
+    items, actions, timestamps = [], [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+            items.append(event["item"])
+            timestamps.append(int(event["timestamp"]))
+            actions.append(str(event.get("action", "")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{name}: line {number} is not a JSON object with item and timestamp") from None
+    return history(items=items, timestamps=timestamps, actions=actions if any(actions) else [])

@@ -1,0 +1,1 @@
+"""The gRPC service: transport-free answering, batching, reloading, server and client."""

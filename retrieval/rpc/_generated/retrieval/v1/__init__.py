@@ -1,0 +1,1 @@
+"""Stubs written by `protos/generate.py`; nothing here is edited by hand."""

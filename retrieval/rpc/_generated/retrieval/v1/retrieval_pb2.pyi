@@ -1,0 +1,167 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SOURCE_UNSPECIFIED: _ClassVar[Source]
+    SOURCE_MODEL: _ClassVar[Source]
+    SOURCE_POPULARITY: _ClassVar[Source]
+
+class IdKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ID_KIND_UNSPECIFIED: _ClassVar[IdKind]
+    ID_KIND_INTEGER: _ClassVar[IdKind]
+    ID_KIND_STRING: _ClassVar[IdKind]
+SOURCE_UNSPECIFIED: Source
+SOURCE_MODEL: Source
+SOURCE_POPULARITY: Source
+ID_KIND_UNSPECIFIED: IdKind
+ID_KIND_INTEGER: IdKind
+ID_KIND_STRING: IdKind
+
+class ItemIds(_message.Message):
+    __slots__ = ("integers", "strings")
+    INTEGERS_FIELD_NUMBER: _ClassVar[int]
+    STRINGS_FIELD_NUMBER: _ClassVar[int]
+    integers: Int64List
+    strings: StringList
+    def __init__(self, integers: _Optional[_Union[Int64List, _Mapping]] = ..., strings: _Optional[_Union[StringList, _Mapping]] = ...) -> None: ...
+
+class Int64List(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StringList(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class History(_message.Message):
+    __slots__ = ("items", "actions", "timestamps")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMPS_FIELD_NUMBER: _ClassVar[int]
+    items: ItemIds
+    actions: _containers.RepeatedScalarFieldContainer[str]
+    timestamps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., actions: _Optional[_Iterable[str]] = ..., timestamps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class UserId(_message.Message):
+    __slots__ = ("integer", "string")
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    STRING_FIELD_NUMBER: _ClassVar[int]
+    integer: int
+    string: str
+    def __init__(self, integer: _Optional[int] = ..., string: _Optional[str] = ...) -> None: ...
+
+class Embedding(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    STORED_USER_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_SEEN_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_TITLES_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    stored_user: UserId
+    embedding: Embedding
+    k: int
+    request_time: int
+    exclude: ItemIds
+    exclude_seen: bool
+    include_titles: bool
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ...) -> None: ...
+
+class RetrieveResponse(_message.Message):
+    __slots__ = ("items", "scores", "snapshot_version", "source", "shortfall", "unknown_items", "titles")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SHORTFALL_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TITLES_FIELD_NUMBER: _ClassVar[int]
+    items: ItemIds
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    snapshot_version: str
+    source: Source
+    shortfall: int
+    unknown_items: int
+    titles: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., scores: _Optional[_Iterable[float]] = ..., snapshot_version: _Optional[str] = ..., source: _Optional[_Union[Source, str]] = ..., shortfall: _Optional[int] = ..., unknown_items: _Optional[int] = ..., titles: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class EmbedUsersRequest(_message.Message):
+    __slots__ = ("users", "request_time")
+    class User(_message.Message):
+        __slots__ = ("history", "stored_user")
+        HISTORY_FIELD_NUMBER: _ClassVar[int]
+        STORED_USER_FIELD_NUMBER: _ClassVar[int]
+        history: History
+        stored_user: UserId
+        def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ...) -> None: ...
+    USERS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_TIME_FIELD_NUMBER: _ClassVar[int]
+    users: _containers.RepeatedCompositeFieldContainer[EmbedUsersRequest.User]
+    request_time: int
+    def __init__(self, users: _Optional[_Iterable[_Union[EmbedUsersRequest.User, _Mapping]]] = ..., request_time: _Optional[int] = ...) -> None: ...
+
+class EmbedUsersResponse(_message.Message):
+    __slots__ = ("values", "width", "events_read", "unknown_items", "snapshot_version")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_READ_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    width: int
+    events_read: _containers.RepeatedScalarFieldContainer[int]
+    unknown_items: _containers.RepeatedScalarFieldContainer[int]
+    snapshot_version: str
+    def __init__(self, values: _Optional[_Iterable[float]] = ..., width: _Optional[int] = ..., events_read: _Optional[_Iterable[int]] = ..., unknown_items: _Optional[_Iterable[int]] = ..., snapshot_version: _Optional[str] = ...) -> None: ...
+
+class GetServingStateRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServingStateResponse(_message.Message):
+    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users")
+    SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ANN_RECALL_FIELD_NUMBER: _ClassVar[int]
+    STORED_USERS_FIELD_NUMBER: _ClassVar[int]
+    snapshot_version: str
+    created: str
+    dataset: str
+    items: int
+    item_ids: IdKind
+    width: int
+    max_length: int
+    actions: _containers.RepeatedScalarFieldContainer[str]
+    index: str
+    ann_recall: float
+    stored_users: bool
+    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,213 @@
+"""The typed client. Loads neither torch, faiss, pyarrow nor numpy.
+
+from retrieval.rpc.client import History, RetrievalClient
+
+with RetrievalClient("localhost:50051") as client:
+    answer = client.retrieve(History(items=[12, 7], timestamps=[1_700_000_000, 1_700_000_060]), k=100)
+    print(answer.items, answer.scores, answer.snapshot_version)
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.convert import embed_request_to, embedded_from, retrieve_request_to, retrieved_from, state_from
+from retrieval.rpc.errors import UnavailableError
+from retrieval.rpc.requests import (
+    Embedded,
+    Embedding,
+    EmbedRequest,
+    History,
+    Ids,
+    Retrieved,
+    RetrieveRequest,
+    ServingState,
+    Source,
+    StoredUser,
+)
+from retrieval.rpc.status import error_of
+
+__all__ = [
+    "Embedded",
+    "Embedding",
+    "History",
+    "RetrievalClient",
+    "Retrieved",
+    "ServingState",
+    "Source",
+    "StoredUser",
+]
+
+_SERVICE: str = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+
+# Calls change nothing, so they may be repeated. All five attempts fit in the default deadline, so that a server
+# without a snapshot is reported as that and not as a deadline that passed.
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": _SERVICE}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.02s",
+                "maxBackoff": "0.2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+_OPTIONS = [
+    ("grpc.service_config", json.dumps(_RETRIES)),
+    # Embeddings of many users are larger than gRPC's default of 4 MiB.
+    ("grpc.max_receive_message_length", 64 * 2**20),
+]
+_POLL_SECONDS = 0.1
+
+
+class RetrievalClient:
+    """A connection to a retrieval server. Any number of threads may share it.
+
+    All calls raise, with the server's sentence:
+
+    - `InvalidRequestError`: the request is malformed; `field` names the part at fault
+    - `UnknownUserError`: no history of the stored user is held; `NoHistoriesError`: the server holds none at all
+    - `NoSnapshotError`: the server has no snapshot yet; `UnavailableError`: no server answers
+    - `OverloadedError`: the server has more calls in hand than it takes
+    - `DeadlineError`: no answer came in time
+    - `ServerFaultError`: anything else
+
+    Args:
+        address: HOST:PORT of the server.
+        timeout: seconds that a call may take unless it says otherwise.
+    """
+
+    def __init__(self, address: str, timeout: float = 1.0) -> None:
+        self._address, self._timeout = address, timeout
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
+        self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
+        self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def _method(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
+        method: Callable[..., Any] = self._channel.unary_unary(
+            f"/{_SERVICE}/{name}",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        return method
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
+        seconds = timeout if timeout is not None else self._timeout
+        try:
+            return method(message, timeout=seconds)
+        except grpc.RpcError as error:
+            raise error_of(error, self._address, seconds) from None
+
+    def retrieve(
+        self,
+        user: History | StoredUser | Embedding,
+        *,
+        k: int = 100,
+        request_time: int | None = None,
+        exclude: Ids = (),
+        exclude_seen: bool = False,
+        include_titles: bool = False,
+        timeout: float | None = None,
+    ) -> Retrieved:
+        """The best items for a user, best first: exactly min(k, eligible items) of them.
+
+        Args:
+            user: an inline history, a stored user, or a ready embedding.
+            k: how many.
+            request_time: the moment for which candidates are wanted, in seconds since 1970 (UTC); None is now.
+            exclude: items that must not be in the answer.
+            exclude_seen: also leave out every item of the history.
+            include_titles: also answer the items' titles.
+            timeout: seconds; None takes the client's.
+
+        Raises:
+            RetrievalError: see the class.
+        """
+        request = RetrieveRequest(
+            user=user,
+            k=k,
+            request_time=request_time,
+            exclude=exclude,
+            exclude_seen=exclude_seen,
+            include_titles=include_titles,
+        )
+        return retrieved_from(self._call(self._retrieve, retrieve_request_to(request), timeout))
+
+    def embed_users(
+        self,
+        users: Sequence[History | StoredUser],
+        *,
+        request_time: int | None = None,
+        timeout: float | None = None,
+    ) -> Embedded:
+        """The embeddings by which `retrieve` would search for these users.
+
+        Args:
+            users: inline histories and stored users.
+            request_time: the moment, in seconds since 1970 (UTC); None is now.
+            timeout: seconds; None takes the client's.
+
+        Raises:
+            RetrievalError: see the class.
+        """
+        message = embed_request_to(EmbedRequest(users=users, request_time=request_time))
+        return embedded_from(self._call(self._embed_users, message, timeout))
+
+    def serving_state(self, *, timeout: float | None = None) -> ServingState:
+        """What the server serves at this moment.
+
+        Raises:
+            RetrievalError: see the class.
+        """
+        return state_from(self._call(self._state, pb.GetServingStateRequest(), timeout))
+
+    def is_serving(self, *, timeout: float | None = None) -> bool:
+        """Whether the server's health service says that it serves.
+
+        Raises:
+            RetrievalError: see the class.
+        """
+        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=_SERVICE), timeout)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_until_serving(self, seconds: float) -> None:
+        """Wait for a server that is being started, or that has no snapshot yet.
+
+        Raises:
+            UnavailableError: it does not serve within so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if self.is_serving():
+                    return
+                why = "it has no snapshot"
+            except UnavailableError as error:
+                why = str(error)
+            if time.monotonic() >= end:
+                raise UnavailableError(f"{self._address}: does not serve after {seconds:g} s ({why})")
+            time.sleep(_POLL_SECONDS)

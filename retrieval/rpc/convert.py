@@ -1,0 +1,257 @@
+"""Messages to plain requests and answers, and back. Used by both ends: no numpy, torch or faiss here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from retrieval.errors import InvalidRequestError
+from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.errors import ServerFaultError
+from retrieval.rpc.requests import (
+    Embedded,
+    Embedding,
+    EmbedRequest,
+    History,
+    Ids,
+    Retrieved,
+    RetrieveRequest,
+    ServingState,
+    Source,
+    StoredUser,
+)
+
+__all__ = [
+    "embed_request_from",
+    "embed_request_to",
+    "embedded_from",
+    "embedded_to",
+    "retrieve_request_from",
+    "retrieve_request_to",
+    "retrieved_from",
+    "retrieved_to",
+    "state_from",
+    "state_to",
+]
+
+_SOURCES = {Source.MODEL: pb.SOURCE_MODEL, Source.POPULARITY: pb.SOURCE_POPULARITY}
+_SOURCE_OF = {number: source for source, number in _SOURCES.items()}
+
+
+def _fill(target: Any, values: Sequence[Any], field: str, kind: str) -> None:
+    """Extend a repeated field.
+
+    Raises:
+        InvalidRequestError: a value is of another type, or is a number that does not fit in 64 bits.
+    """
+    try:
+        target.extend(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError(field, f"must be {kind} ({error})") from None
+
+
+def _ids_to(message: pb.ItemIds, ids: Ids, field: str) -> None:
+    if len(ids) and isinstance(ids[0], str):
+        _fill(message.strings.values, ids, field, "ids of one kind, all strings")
+    else:
+        _fill(message.integers.values, ids, field, "ids of one kind, all 64-bit integers or all strings")
+
+
+def _ids_from(message: pb.ItemIds) -> Ids:
+    ids: Ids = message.strings.values if message.WhichOneof("kind") == "strings" else message.integers.values
+    return ids
+
+
+def _history_to(message: pb.History, history: History, field: str) -> None:
+    _ids_to(message.items, history.items, f"{field}.items")
+    _fill(message.actions, history.actions, f"{field}.actions", "strings")
+    _fill(message.timestamps, history.timestamps, f"{field}.timestamps", "integers, in seconds")
+    # An empty history must still say that it is one.
+    message.SetInParent()
+
+
+def _user_to(message: Any, user: History | StoredUser | Embedding | None, prefix: str) -> None:
+    if isinstance(user, History):
+        _history_to(message.history, user, f"{prefix}history")
+    elif isinstance(user, StoredUser):
+        kind = "string" if isinstance(user.id, str) else "integer"
+        try:
+            setattr(message.stored_user, kind, user.id)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"{prefix}stored_user", f"must be a string or a 64-bit integer ({error})"
+            ) from None
+    elif isinstance(user, Embedding):
+        _fill(message.embedding.values, user.values, f"{prefix}embedding.values", "numbers")
+        message.embedding.SetInParent()
+
+
+def _user_from(message: Any, prefix: str) -> History | StoredUser | Embedding | None:
+    match message.WhichOneof("user"):
+        case "history":
+            history = message.history
+            return History(_ids_from(history.items), history.timestamps, history.actions)
+        case "stored_user":
+            kind = message.stored_user.WhichOneof("kind")
+            if kind is None:
+                raise InvalidRequestError(f"{prefix}stored_user", "holds no id; set `integer` or `string`")
+            return StoredUser(getattr(message.stored_user, kind))
+        case "embedding":
+            return Embedding(message.embedding.values)
+    return None
+
+
+def _set_number(message: Any, field: str, value: int) -> None:
+    try:
+        setattr(message, field, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(field, f"must be an integer of its range ({error})") from None
+
+
+def retrieve_request_to(request: RetrieveRequest) -> pb.RetrieveRequest:
+    """A request as a message.
+
+    Raises:
+        InvalidRequestError: a value does not fit its field.
+    """
+    message = pb.RetrieveRequest(exclude_seen=request.exclude_seen, include_titles=request.include_titles)
+    _user_to(message, request.user, "")
+    _set_number(message, "k", request.k)
+    if request.request_time is not None:
+        _set_number(message, "request_time", request.request_time)
+    if len(request.exclude):
+        _ids_to(message.exclude, request.exclude, "exclude")
+    return message
+
+
+def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
+    """A message as a request; its lists are the message's own, not copies.
+
+    Raises:
+        InvalidRequestError: a stored user without an id.
+    """
+    return RetrieveRequest(
+        user=_user_from(message, ""),
+        k=message.k,
+        request_time=message.request_time if message.HasField("request_time") else None,
+        exclude=_ids_from(message.exclude),
+        exclude_seen=message.exclude_seen,
+        include_titles=message.include_titles,
+    )
+
+
+def embed_request_to(request: EmbedRequest) -> pb.EmbedUsersRequest:
+    """A request as a message.
+
+    Raises:
+        InvalidRequestError: a value does not fit its field.
+    """
+    message = pb.EmbedUsersRequest()
+    for place, user in enumerate(request.users):
+        _user_to(message.users.add(), user, f"users[{place}].")
+    if request.request_time is not None:
+        _set_number(message, "request_time", request.request_time)
+    return message
+
+
+def embed_request_from(message: pb.EmbedUsersRequest) -> EmbedRequest:
+    """A message as a request; its lists are the message's own, not copies.
+
+    Raises:
+        InvalidRequestError: a stored user without an id.
+    """
+    users = [_user_from(user, f"users[{place}].") for place, user in enumerate(message.users)]
+    return EmbedRequest(
+        # The message's oneof has no embedding.
+        users=[user for user in users if not isinstance(user, Embedding)],
+        request_time=message.request_time if message.HasField("request_time") else None,
+    )
+
+
+def retrieved_to(answer: Retrieved, *, string_ids: bool) -> pb.RetrieveResponse:
+    """An answer as a message; `string_ids` keeps the kind of an answer without items."""
+    message = pb.RetrieveResponse(
+        snapshot_version=answer.snapshot_version,
+        source=_SOURCES[answer.source],
+        shortfall=answer.shortfall,
+        unknown_items=answer.unknown_items,
+        titles=answer.titles,
+    )
+    ids: Any = message.items.strings if string_ids else message.items.integers
+    ids.values.extend(answer.items)
+    ids.SetInParent()
+    message.scores.extend(answer.scores)
+    return message
+
+
+def retrieved_from(message: pb.RetrieveResponse) -> Retrieved:
+    """A message as an answer.
+
+    Raises:
+        ServerFaultError: the source is none that this version knows.
+    """
+    if message.source not in _SOURCE_OF:
+        raise ServerFaultError(f"the answer's source {message.source} is unknown to this client; is it older?")
+    return Retrieved(
+        items=list(_ids_from(message.items)),  # type: ignore[arg-type]
+        scores=list(message.scores),
+        snapshot_version=message.snapshot_version,
+        source=_SOURCE_OF[message.source],
+        shortfall=message.shortfall,
+        unknown_items=message.unknown_items,
+        titles=list(message.titles),
+    )
+
+
+def embedded_to(answer: Embedded) -> pb.EmbedUsersResponse:
+    """An answer as a message."""
+    return pb.EmbedUsersResponse(
+        values=answer.values,
+        width=answer.width,
+        events_read=answer.events_read,
+        unknown_items=answer.unknown_items,
+        snapshot_version=answer.snapshot_version,
+    )
+
+
+def embedded_from(message: pb.EmbedUsersResponse) -> Embedded:
+    """A message as an answer."""
+    return Embedded(
+        values=list(message.values),
+        width=message.width,
+        events_read=list(message.events_read),
+        unknown_items=list(message.unknown_items),
+        snapshot_version=message.snapshot_version,
+    )
+
+
+def state_to(state: ServingState) -> pb.GetServingStateResponse:
+    """A state as a message."""
+    return pb.GetServingStateResponse(
+        snapshot_version=state.snapshot_version,
+        created=state.created,
+        dataset=state.dataset,
+        items=state.items,
+        item_ids=pb.ID_KIND_STRING if state.string_ids else pb.ID_KIND_INTEGER,
+        width=state.width,
+        max_length=state.max_length,
+        actions=state.actions,
+        index=state.index,
+        ann_recall=state.ann_recall,
+        stored_users=state.stored_users,
+    )
+
+
+def state_from(message: pb.GetServingStateResponse) -> ServingState:
+    """A message as a state."""
+    return ServingState(
+        snapshot_version=message.snapshot_version,
+        created=message.created,
+        dataset=message.dataset,
+        items=message.items,
+        string_ids=message.item_ids == pb.ID_KIND_STRING,
+        width=message.width,
+        max_length=message.max_length,
+        actions=tuple(message.actions),
+        index=message.index,
+        ann_recall=message.ann_recall,
+        stored_users=message.stored_users,
+    )

@@ -1,0 +1,283 @@
+"""Requests, checked and turned into arrays. Everything that is wrong with a request is found here, in one sentence.
+
+Fields in messages carry the names that they have in `retrieval.proto`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from retrieval.config import Config
+from retrieval.errors import InvalidRequestError
+from retrieval.histories.store import StoredHistory
+from retrieval.rpc.requests import Embedding, EmbedRequest, History, Ids, RetrieveRequest
+from retrieval.rpc.serving import ServingSnapshot
+
+__all__ = [
+    "Known",
+    "Limits",
+    "PreparedEmbed",
+    "PreparedRetrieve",
+    "UserEvents",
+    "prepare_embed",
+    "prepare_retrieve",
+    "shown",
+]
+
+# 2200-01-01: later "seconds" are milliseconds or garbage.
+_END_OF_TIME = 7_258_118_400
+_SHOWN_NAMES = 20
+_SHOWN_CHARACTERS = 60
+
+
+class Limits(Config):
+    """What one call may ask for.
+
+    Attributes:
+        max_k: candidates.
+        max_events: events of an inline history.
+        max_excluded: ids to exclude.
+        max_users: users of one EmbedUsers call.
+    """
+
+    max_k: int = Field(default=10_000, ge=1)
+    max_events: int = Field(default=20_000, ge=1)
+    max_excluded: int = Field(default=100_000, ge=0)
+    max_users: int = Field(default=256, ge=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserEvents:
+    """What the encoder is to read of one user.
+
+    Attributes:
+        rows: vocabulary rows of the latest known events, int64 `[T]`, T at most the encoder's `max_length`.
+        actions: action codes, uint8 `[T]`.
+        timestamps: seconds, int64 `[T]`.
+        request_time: seconds.
+        seen: rows of all known events, with repeats.
+        unknown: events whose item the catalogue does not have.
+    """
+
+    rows: NDArray[np.int64]
+    actions: NDArray[np.uint8]
+    timestamps: NDArray[np.int64]
+    request_time: int
+    seen: NDArray[np.int64]
+    unknown: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRetrieve:
+    """A checked `RetrieveRequest`, bound to the snapshot that it was checked against.
+
+    Attributes:
+        serving: the snapshot.
+        user: a user's events, or an embedding of unit length, float32 `[D]`.
+        k: candidates.
+        excluded: rows without repeats, int64.
+        include_titles: whether titles are wanted.
+    """
+
+    serving: ServingSnapshot
+    user: UserEvents | NDArray[np.float32]
+    k: int
+    excluded: NDArray[np.int64]
+    include_titles: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedEmbed:
+    """A checked `EmbedRequest`, bound to the snapshot that it was checked against."""
+
+    serving: ServingSnapshot
+    users: tuple[UserEvents, ...]
+
+
+Known = History | StoredHistory | Embedding | None
+"""A request's user once stored ones are looked up."""
+
+
+def prepare_retrieve(
+    serving: ServingSnapshot, request: RetrieveRequest, user: Known, *, now: int, limits: Limits
+) -> PreparedRetrieve:
+    """Check a request and translate its ids.
+
+    Args:
+        serving: the snapshot to answer from.
+        request: the request.
+        user: `request.user`, or the history of the stored user that it names.
+        now: the server's time in seconds, for a request without one.
+        limits: what a call may ask for.
+
+    Raises:
+        InvalidRequestError: something is wrong; the sentence names the field.
+    """
+    if not 1 <= request.k <= limits.max_k:
+        raise InvalidRequestError("k", f"must be from 1 to {limits.max_k}, not {request.k}")
+    if len(request.exclude) > limits.max_excluded:
+        raise InvalidRequestError("exclude", f"has {len(request.exclude)} ids; at most {limits.max_excluded} are taken")
+    if user is None:
+        raise InvalidRequestError("user", "is missing; send history, stored_user or embedding")
+    excluded = _rows(serving, request.exclude, "exclude")
+    prepared: UserEvents | NDArray[np.float32]
+    if isinstance(user, Embedding):
+        if request.exclude_seen:
+            raise InvalidRequestError(
+                "exclude_seen",
+                "needs a history or a stored user; list the items of a ready embedding's user in exclude",
+            )
+        _request_time(request.request_time, now)
+        prepared = _unit(serving, user)
+    else:
+        time = _request_time(request.request_time, now)
+        prepared = _events(serving, user, time, limits, "history")
+        if request.exclude_seen:
+            excluded = np.concatenate([excluded, prepared.seen])
+    return PreparedRetrieve(
+        serving=serving,
+        user=prepared,
+        k=request.k,
+        excluded=np.unique(excluded[excluded >= 0]),
+        include_titles=request.include_titles,
+    )
+
+
+def prepare_embed(
+    serving: ServingSnapshot, request: EmbedRequest, users: Sequence[Known], *, now: int, limits: Limits
+) -> PreparedEmbed:
+    """As `prepare_retrieve`, for the users of an `EmbedRequest`.
+
+    Raises:
+        InvalidRequestError: something is wrong; the sentence names the field.
+    """
+    if len(users) > limits.max_users:
+        raise InvalidRequestError("users", f"has {len(users)} users; at most {limits.max_users} are taken")
+    time = _request_time(request.request_time, now)
+    prepared = []
+    for place, user in enumerate(users):
+        if user is None or isinstance(user, Embedding):
+            raise InvalidRequestError(f"users[{place}]", "names no user; send history or stored_user")
+        prepared.append(_events(serving, user, time, limits, f"users[{place}].history"))
+    return PreparedEmbed(serving=serving, users=tuple(prepared))
+
+
+def _events(
+    serving: ServingSnapshot, history: History | StoredHistory, time: int, limits: Limits, field: str
+) -> UserEvents:
+    if isinstance(history, History):
+        _check_history(serving, history, limits, field)
+        rows = _rows(serving, history.items, f"{field}.items")
+        timestamps = _timestamps(history.timestamps, f"{field}.timestamps")
+    else:
+        # Our own store's data: an action that the snapshot does not know is not the caller's mistake.
+        rows = serving.snapshot.vocabulary.rows_of(history.items)
+        timestamps = history.timestamps
+    known = np.flatnonzero(rows >= 0)
+    latest = known[-serving.max_length :]
+    if len(history.actions):
+        names = list(history.actions)
+        actions = serving.action_codes([names[place] for place in latest.tolist()])
+    else:
+        actions = np.zeros(len(latest), np.uint8)
+    return UserEvents(
+        rows=rows[latest],
+        actions=actions,
+        timestamps=timestamps[latest],
+        request_time=time,
+        seen=rows[known],
+        unknown=len(rows) - len(known),
+    )
+
+
+def _check_history(serving: ServingSnapshot, history: History, limits: Limits, field: str) -> None:
+    count = len(history.items)
+    if count > limits.max_events:
+        raise InvalidRequestError(
+            f"{field}.items", f"has {count} events; at most {limits.max_events} are taken, send the latest"
+        )
+    if len(history.timestamps) != count:
+        raise InvalidRequestError(
+            f"{field}.timestamps", f"has {len(history.timestamps)} entries, but {field}.items has {count}"
+        )
+    if not len(history.actions):
+        return
+    if len(history.actions) != count:
+        raise InvalidRequestError(
+            f"{field}.actions",
+            f"has {len(history.actions)} entries, but {field}.items has {count}; send one per item or none",
+        )
+    unknown = set(history.actions).difference(serving.actions, [""]) if serving.actions else set()
+    if unknown:
+        place, name = next((place, name) for place, name in enumerate(history.actions) if name in unknown)
+        raise InvalidRequestError(
+            f"{field}.actions[{place}]",
+            f"{shown(name)} is not an action of this snapshot; it has {_names(serving.actions)}",
+        )
+
+
+def _timestamps(values: Sequence[int], field: str) -> NDArray[np.int64]:
+    timestamps = np.array(values, np.int64)
+    outside = (timestamps < 0) | (timestamps >= _END_OF_TIME)
+    if outside.any():
+        place = int(outside.argmax())
+        raise InvalidRequestError(
+            f"{field}[{place}]", f"{timestamps[place]} is not a time in seconds from 1970 to the year 2199"
+        )
+    falling = timestamps[1:] < timestamps[:-1]
+    if falling.any():
+        place = int(falling.argmax()) + 1
+        raise InvalidRequestError(
+            f"{field}[{place}]",
+            f"{timestamps[place]} is before {timestamps[place - 1]}, the one before it; send events oldest first",
+        )
+    return timestamps
+
+
+def _request_time(time: int | None, now: int) -> int:
+    if time is None:
+        return now
+    if not 0 <= time < _END_OF_TIME:
+        raise InvalidRequestError("request_time", f"{time} is not a time in seconds from 1970 to the year 2199")
+    return time
+
+
+def _rows(serving: ServingSnapshot, ids: Ids, field: str) -> NDArray[np.int64]:
+    """Rows of ids, −1 where the catalogue does not have them."""
+    if not len(ids):
+        return np.empty(0, np.int64)
+    if isinstance(ids[0], str) != serving.string_ids:
+        has, sent = ("strings", "integers") if serving.string_ids else ("integers", "strings")
+        raise InvalidRequestError(field, f"holds {sent}, but the catalogue's item ids are {has}")
+    # A message's list becomes an array through the buffer protocol, without a Python integer per id.
+    return serving.snapshot.vocabulary.rows_of(ids if serving.string_ids else np.array(ids, np.int64))
+
+
+def _unit(serving: ServingSnapshot, embedding: Embedding) -> NDArray[np.float32]:
+    # float64, so that the length of large float32 numbers does not overflow.
+    values = np.array(embedding.values, np.float64)
+    width = serving.snapshot.searcher.width
+    if len(values) != width:
+        raise InvalidRequestError("embedding.values", f"has {len(values)} numbers; the snapshot's width is {width}")
+    if not np.isfinite(values).all():
+        place = int((~np.isfinite(values)).argmax())
+        raise InvalidRequestError(f"embedding.values[{place}]", f"{values[place]} is not a finite number")
+    length = float(np.linalg.norm(values))
+    if length == 0:
+        raise InvalidRequestError("embedding.values", "are all zero, which points nowhere")
+    return (values / length).astype(np.float32)
+
+
+def shown(value: int | str) -> str:
+    """A caller's value for a message, shortened: gRPC statuses travel in headers, which hold a few KiB."""
+    if isinstance(value, str) and len(value) > _SHOWN_CHARACTERS:
+        value = f"{value[:_SHOWN_CHARACTERS]}…"
+    return repr(value)
+
+
+def _names(names: Sequence[str]) -> str:
+    listed = ", ".join(shown(name) for name in names[:_SHOWN_NAMES])
+    return listed if len(names) <= _SHOWN_NAMES else f"{listed} and {len(names) - _SHOWN_NAMES} more"

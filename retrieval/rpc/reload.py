@@ -1,0 +1,107 @@
+"""Following a registry: the live snapshot in memory, replaced without a pause when another is published."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+from retrieval.errors import NoSnapshotError, RetrievalError
+from retrieval.rpc.serving import ServingSnapshot
+from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.store import open_snapshot
+
+__all__ = ["Reloader"]
+
+_log = logging.getLogger(__name__)
+
+# A snapshot that cannot be loaded is tried again after 1, 2, 4, … polls: verifying one reads all of its bytes.
+_LONGEST_PAUSE = 32
+
+
+class Reloader:
+    """Holds the snapshot that answers, and looks for its successor.
+
+    A new version is verified, loaded and warmed on another thread; then one reference changes. Who took the old
+    snapshot keeps it until done. One that cannot be loaded is logged, and the old one stays.
+
+    Args:
+        registry: where snapshots are published.
+        device: where encoders run.
+        poll_seconds: mean time between two looks at the registry.
+        on_change: awaited after each change of the live snapshot.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        device: str = "cpu",
+        poll_seconds: float = 5.0,
+        on_change: Callable[[ServingSnapshot], Awaitable[None]] | None = None,
+    ) -> None:
+        self._registry, self._device, self._poll_seconds, self._on_change = registry, device, poll_seconds, on_change
+        self._live: ServingSnapshot | None = None
+        self._failed_version: str | None = None
+        self._failures = 0
+        self._polls_to_skip = 0
+        self._last_complaint = ""
+
+    @property
+    def live(self) -> ServingSnapshot:
+        """The snapshot that answers.
+
+        Raises:
+            NoSnapshotError: none has been loaded yet.
+        """
+        if self._live is None:
+            raise NoSnapshotError("no snapshot is loaded yet")
+        return self._live
+
+    async def follow(self) -> None:
+        """Look at the registry again and again, until cancelled."""
+        while True:
+            # Jitter: replicas that were started together must not all read a new snapshot at the same moment.
+            await asyncio.sleep(self._poll_seconds * random.uniform(0.8, 1.2))
+            await self.check()
+
+    async def check(self) -> None:
+        """Look at the registry once and load what is new. Never raises: what goes wrong is logged."""
+        try:
+            version = await asyncio.to_thread(self._registry.current)
+        except Exception as error:
+            self._complain(error)
+            return
+        if self._live is not None and version == self._live.version:
+            self._failed_version = None
+            return
+        if version == self._failed_version and self._polls_to_skip > 0:
+            self._polls_to_skip -= 1
+            return
+        try:
+            loaded = await asyncio.to_thread(self._load, version)
+        except Exception as error:
+            self._failures = self._failures + 1 if version == self._failed_version else 1
+            self._failed_version = version
+            self._polls_to_skip = min(2 ** (self._failures - 1), _LONGEST_PAUSE) - 1
+            self._complain(error)
+            return
+        self._live, self._failed_version, self._last_complaint = loaded, None, ""
+        _log.info("serving snapshot %s (%d items)", loaded.version, loaded.snapshot.manifest.items)
+        if self._on_change is not None:
+            await self._on_change(loaded)
+
+    def _load(self, version: str) -> ServingSnapshot:
+        return ServingSnapshot(open_snapshot(self._registry.folder(version), self._device))
+
+    def _complain(self, error: Exception) -> None:
+        """Log a failure once, not at every poll."""
+        sentence = str(error) or repr(error)
+        if sentence == self._last_complaint:
+            return
+        self._last_complaint = sentence
+        stays = f"{self._live.version} stays live" if self._live is not None else "no snapshot is live"
+        if isinstance(error, NoSnapshotError):
+            _log.warning("%s; %s", sentence, stays)
+        else:
+            unexpected = error if not isinstance(error, RetrievalError) else None
+            _log.error("a snapshot could not be loaded: %s; %s", sentence, stays, exc_info=unexpected)

@@ -1,0 +1,309 @@
+"""The gRPC server: decoding and checking on the event loop, encoding and searching on one worker thread."""
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import grpc
+import torch
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import Field
+
+from retrieval.config import Config
+from retrieval.errors import InputError, InvalidRequestError
+from retrieval.histories.store import HistoryStore
+from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.batcher import Batcher
+from retrieval.rpc.convert import embed_request_from, embedded_to, retrieve_request_from, retrieved_to, state_to
+from retrieval.rpc.prepare import Limits
+from retrieval.rpc.reload import Reloader
+from retrieval.rpc.requests import Embedded, EmbedRequest, Retrieved, RetrieveRequest, StoredUser
+from retrieval.rpc.service import Answer, Prepared, RetrievalService
+from retrieval.rpc.serving import ServingSnapshot
+from retrieval.rpc.status import status_of
+from retrieval.snapshot.registry import Registry
+
+__all__ = ["SERVICE", "Server", "ServerConfig", "run_server", "running_server"]
+
+_log = logging.getLogger(__name__)
+
+_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RetrievalService"]
+SERVICE: str = _DESCRIPTOR.full_name
+
+# Threads that wait for the history store, which may block on a disk.
+_LOOKUP_THREADS = 4
+
+
+class ServerConfig(Config):
+    """How a server runs.
+
+    Attributes:
+        registry: folder of snapshots to follow; it may be empty or missing at the start.
+        host: address to listen on; the default is reachable from this machine only, since there is no encryption.
+        port: port to listen on; 0 takes a free one.
+        device: where the encoder runs: "cpu", "cuda", "cuda:1".
+        threads: CPU threads of encoding and searching; None leaves one core to the event loop. Without that, threads
+            that wait for each other on a busy core make calls many times slower.
+        poll_seconds: mean time between two looks at the registry.
+        max_batch: calls that are encoded and searched together.
+        capacity: calls in hand at once; further ones are refused.
+        grace_seconds: time that calls in hand get to finish after a stop is asked for.
+        max_message_bytes: size of a request message.
+        limits: what one call may ask for.
+    """
+
+    registry: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    device: str = "cpu"
+    threads: int | None = Field(default=None, ge=1)
+    poll_seconds: float = Field(default=5.0, gt=0)
+    max_batch: int = Field(default=64, ge=1)
+    capacity: int = Field(default=256, ge=1)
+    grace_seconds: float = Field(default=10.0, ge=0)
+    max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
+    limits: Limits = Field(default_factory=Limits)
+
+
+class Server:
+    """A server on the running event loop: `await start()`, then `await stop()`.
+
+    Args:
+        config: how to run.
+        histories: stored histories; None refuses requests that name a stored user.
+    """
+
+    def __init__(self, config: ServerConfig, histories: HistoryStore | None = None) -> None:
+        self._config = config
+        self._service = RetrievalService(histories, config.limits)
+        self._batcher: Batcher[Prepared, Answer] = Batcher(
+            self._service.answer,
+            max_batch=config.max_batch,
+            capacity=config.capacity,
+            prepare_thread=partial(_limit_threads, config.threads),
+        )
+        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
+        self._reloader = Reloader(
+            Registry(config.registry),
+            device=config.device,
+            poll_seconds=config.poll_seconds,
+            on_change=self._announce,
+        )
+        self._health = health.aio.HealthServicer()
+        self._following: asyncio.Task[None] | None = None
+        self._port = 0
+        options = [
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            # Otherwise a second server on a taken port would silently share its calls.
+            ("grpc.so_reuseport", 0),
+        ]
+        self._grpc = grpc.aio.server(options=options)
+        self._grpc.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that a client on this machine can use."""
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        return f"{host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listen, then try once to load the live snapshot; afterwards the registry is followed.
+
+        Raises:
+            InputError: the port is taken or the host is not this machine's.
+        """
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._port = self._config.port
+        try:
+            self._port = self._grpc.add_insecure_port(self.address)
+        except RuntimeError:
+            raise InputError(f"{self.address}: cannot listen there; is the port taken by another server?") from None
+        await self._grpc.start()
+        _log.info("listening on %s", self.address)
+        await self._reloader.check()
+        self._following = asyncio.create_task(self._reloader.follow())
+
+    async def _announce(self, _: ServingSnapshot) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Turn the health service to NOT_SERVING, finish the calls in hand within the grace period, and close."""
+        if self._following is not None:
+            self._following.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._grpc.stop(self._config.grace_seconds)
+        self._lookups.shutdown(wait=False, cancel_futures=True)
+        self._batcher.close()
+        _log.info("stopped")
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        methods = {
+            "Retrieve": _unary(self._retrieve, pb.RetrieveRequest),
+            "EmbedUsers": _unary(self._embed_users, pb.EmbedUsersRequest),
+            "GetServingState": _unary(self._serving_state, pb.GetServingStateRequest),
+        }
+        assert set(methods) == set(_DESCRIPTOR.methods_by_name)
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def _retrieve(self, message: pb.RetrieveRequest, context: grpc.aio.ServicerContext) -> pb.RetrieveResponse:
+        answer, serving = await self._answer(retrieve_request_from(message), context)
+        assert isinstance(answer, Retrieved)
+        return retrieved_to(answer, string_ids=serving.string_ids)
+
+    async def _embed_users(
+        self, message: pb.EmbedUsersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EmbedUsersResponse:
+        answer, _ = await self._answer(embed_request_from(message), context)
+        assert isinstance(answer, Embedded)
+        return embedded_to(answer)
+
+    async def _serving_state(
+        self, message: pb.GetServingStateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetServingStateResponse:
+        return state_to(self._service.state(self._reloader.live))
+
+    async def _answer(
+        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> tuple[Answer, ServingSnapshot]:
+        loop = asyncio.get_running_loop()
+        remaining = context.time_remaining()
+        deadline = loop.time() + remaining if remaining is not None else None
+        with self._batcher.slot():
+            serving = self._reloader.live
+            if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
+                # Stored histories may block, and many users take long to check.
+                prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request)
+            else:
+                prepared = self._service.prepare(serving, request)
+            return await self._batcher.submit(prepared, deadline), serving
+
+
+def _limit_threads(threads: int | None) -> None:
+    """Set how many threads torch and Faiss use when they are called from this thread."""
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Fewer, if OMP_NUM_THREADS says so.
+        threads = min(torch.get_num_threads(), max(1, cores - 1))
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+
+
+def _unary(method: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler:
+    """A handler that ends every failure with a status of `rpc.status`, bytes that are no message included."""
+
+    def parse(content: bytes) -> Any:
+        try:
+            return request.FromString(content)
+        except DecodeError:
+            return None
+
+    async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            if message is None:
+                raise InvalidRequestError("request", f"is not a {request.DESCRIPTOR.full_name} message")
+            return await method(message, context)
+        except Exception as error:
+            status = status_of(error)
+        await context.abort(status.code, status.details, status.trailing_metadata)
+
+    return grpc.unary_unary_rpc_method_handler(
+        call, request_deserializer=parse, response_serializer=lambda message: message.SerializeToString()
+    )
+
+
+async def _serve(
+    config: ServerConfig,
+    histories: HistoryStore | None,
+    on_ready: Callable[[str, asyncio.Event], None],
+) -> None:
+    """Run until the event that `on_ready` is given is set."""
+    stop = asyncio.Event()
+    server = Server(config, histories)
+    try:
+        await server.start()
+        on_ready(server.address, stop)
+        await stop.wait()
+    finally:
+        await server.stop()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        # Not made for Windows.
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run_server(
+    config: ServerConfig, histories: HistoryStore | None = None, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the calls in hand and return. For a process's main thread.
+
+    Args:
+        config: how to run.
+        histories: stored histories; None refuses requests that name a stored user.
+        on_ready: called with the server's address once it listens and has tried to load the live snapshot.
+
+    Raises:
+        InputError: the server cannot listen at the configured address.
+    """
+
+    def ready(address: str, stop: asyncio.Event) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        if on_ready is not None:
+            on_ready(address)
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(_serve(config, histories, ready))
+
+
+@contextmanager
+def running_server(config: ServerConfig, histories: HistoryStore | None = None) -> Iterator[str]:
+    """A server on a thread of this process while the block runs; gives its address. For demos and tests.
+
+    Raises:
+        InputError: the server cannot listen at the configured address.
+    """
+    started: Future[tuple[str, Callable[[], object]]] = Future()
+
+    def ready(address: str, stop: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        started.set_result((address, lambda: loop.call_soon_threadsafe(stop.set)))
+
+    def run() -> None:
+        try:
+            with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+                runner.run(_serve(config, histories, ready))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run, name="retrieval-server")
+    thread.start()
+    try:
+        address, stop = started.result()
+        try:
+            yield address
+        finally:
+            stop()
+    finally:
+        thread.join()

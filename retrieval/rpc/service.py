@@ -1,0 +1,230 @@
+"""The service without a transport: requests in, answers out. The server and in-process callers use the same code.
+
+Answering has two halves. `prepare_*` checks and translates one request: cheap, on whatever thread the request is.
+`answer` encodes and searches a batch of prepared requests: all of the cost, on one thread.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.data.sequences import gather_histories
+from retrieval.errors import UnknownUserError
+from retrieval.histories.store import HistoryStore
+from retrieval.rpc.errors import NoHistoriesError
+from retrieval.rpc.prepare import (
+    Known,
+    Limits,
+    PreparedEmbed,
+    PreparedRetrieve,
+    UserEvents,
+    prepare_embed,
+    prepare_retrieve,
+    shown,
+)
+from retrieval.rpc.requests import (
+    Embedded,
+    Embedding,
+    EmbedRequest,
+    History,
+    Retrieved,
+    RetrieveRequest,
+    ServingState,
+    Source,
+    StoredUser,
+)
+from retrieval.rpc.serving import ServingSnapshot
+from retrieval.types import EventColumns
+
+__all__ = ["Answer", "Prepared", "RetrievalService"]
+
+Prepared = PreparedRetrieve | PreparedEmbed
+Answer = Retrieved | Embedded
+
+# Users per run of the encoder: an EmbedUsers call brings many at once, and activations grow with their tokens.
+_ENCODED_TOGETHER = 64
+
+
+class RetrievalService:
+    """Answers requests from snapshots that it is handed. Holds no state of its own; any thread may use it.
+
+    Args:
+        histories: stored histories; None refuses requests that name a stored user.
+        limits: what a call may ask for.
+        clock: seconds since 1970 (UTC), for requests without a time.
+    """
+
+    def __init__(
+        self,
+        histories: HistoryStore | None = None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._histories = histories
+        self._limits = limits if limits is not None else Limits()
+        self._clock = clock
+
+    def state(self, serving: ServingSnapshot) -> ServingState:
+        """What is served."""
+        return serving.state(stored_users=self._histories is not None)
+
+    def prepare(self, serving: ServingSnapshot, request: RetrieveRequest | EmbedRequest) -> Prepared:
+        """Check a request and look up what it names. Blocks on the history store for stored users only.
+
+        Raises:
+            InvalidRequestError: something is wrong with the request; the sentence names the field.
+            UnknownUserError: no history of a stored user is held.
+            NoHistoriesError: a stored user is named, but there is no store.
+        """
+        now = int(self._clock())
+        if isinstance(request, RetrieveRequest):
+            user = self._look_up(request.user, "stored_user")
+            return prepare_retrieve(serving, request, user, now=now, limits=self._limits)
+        # Refuse too many users before looking any of them up.
+        wanted = request.users if len(request.users) <= self._limits.max_users else [None] * len(request.users)
+        users = [self._look_up(user, f"users[{place}].stored_user") for place, user in enumerate(wanted)]
+        return prepare_embed(serving, request, users, now=now, limits=self._limits)
+
+    def _look_up(self, user: History | StoredUser | Embedding | None, field: str) -> Known:
+        if not isinstance(user, StoredUser):
+            return user
+        if self._histories is None:
+            raise NoHistoriesError(f"{field}: this server holds no histories; send the history inline")
+        history = self._histories.get(user.id)
+        if history is None:
+            raise UnknownUserError(f"{field}: no history of user {shown(user.id)} is held")
+        return history
+
+    def retrieve(self, serving: ServingSnapshot, request: RetrieveRequest) -> Retrieved:
+        """Answer one request here and now.
+
+        Raises:
+            InvalidRequestError, UnknownUserError, NoHistoriesError: as `prepare`.
+        """
+        (answer,) = self.answer([self.prepare(serving, request)])
+        assert isinstance(answer, Retrieved)
+        return answer
+
+    def embed_users(self, serving: ServingSnapshot, request: EmbedRequest) -> Embedded:
+        """Answer one request here and now.
+
+        Raises:
+            InvalidRequestError, UnknownUserError, NoHistoriesError: as `prepare`.
+        """
+        (answer,) = self.answer([self.prepare(serving, request)])
+        assert isinstance(answer, Embedded)
+        return answer
+
+    def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
+        """Encode and search a batch; answers in the order of the requests.
+
+        Each request is answered from the snapshot that it was prepared for, whoever shares the batch.
+        """
+        answers: dict[int, Answer] = {}
+        places: dict[int, list[int]] = {}
+        for place, one in enumerate(prepared):
+            places.setdefault(id(one.serving), []).append(place)
+        for group in places.values():
+            serving = prepared[group[0]].serving
+            answers.update(zip(group, _answer(serving, [prepared[place] for place in group]), strict=True))
+        return [answers[place] for place in range(len(prepared))]
+
+
+def _answer(serving: ServingSnapshot, batch: Sequence[Prepared]) -> list[Answer]:
+    """Answers of one snapshot: all users of the batch encoded together, then all searches together."""
+    users: list[UserEvents] = []
+    for one in batch:
+        if isinstance(one, PreparedEmbed):
+            users += one.users
+        elif isinstance(one.user, UserEvents):
+            users.append(one.user)
+    embedded = iter(_embed(serving, users))
+    answers: list[Answer | None] = []
+    searches: list[PreparedRetrieve] = []
+    queries: list[NDArray[np.float32]] = []
+    for one in batch:
+        if isinstance(one, PreparedEmbed):
+            answers.append(_embedded(serving, one.users, [next(embedded) for _ in one.users]))
+            continue
+        query = next(embedded) if isinstance(one.user, UserEvents) else one.user
+        if isinstance(one.user, UserEvents) and not len(one.user.rows):
+            answers.append(_popular(serving, one))
+            continue
+        answers.append(None)
+        searches.append(one)
+        queries.append(query)
+    found = iter(_search(serving, searches, queries))
+    return [answer if answer is not None else next(found) for answer in answers]
+
+
+def _embed(serving: ServingSnapshot, users: Sequence[UserEvents]) -> NDArray[np.float32]:
+    """Embeddings `[B, D]`; zeros for a user without events."""
+    embeddings = np.zeros((len(users), serving.snapshot.searcher.width), np.float32)
+    filled = [place for place, user in enumerate(users) if len(user.rows)]
+    for start in range(0, len(filled), _ENCODED_TOGETHER):
+        places = filled[start : start + _ENCODED_TOGETHER]
+        chunk = [users[place] for place in places]
+        events = EventColumns(
+            items=np.concatenate([user.rows for user in chunk]),
+            actions=np.concatenate([user.actions for user in chunk]),
+            timestamps=np.concatenate([user.timestamps for user in chunk]),
+        )
+        ends = np.cumsum([len(user.rows) for user in chunk])
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        times = np.array([user.request_time for user in chunk], np.int64)
+        embeddings[places] = serving.embed(gather_histories(events, starts, ends, times, serving.max_length))
+    return embeddings
+
+
+def _embedded(
+    serving: ServingSnapshot, users: Sequence[UserEvents], embeddings: Sequence[NDArray[np.float32]]
+) -> Embedded:
+    return Embedded(
+        values=np.concatenate(embeddings).tolist() if embeddings else [],
+        width=serving.snapshot.searcher.width,
+        events_read=[len(user.rows) for user in users],
+        unknown_items=[user.unknown for user in users],
+        snapshot_version=serving.version,
+    )
+
+
+def _search(
+    serving: ServingSnapshot, searches: Sequence[PreparedRetrieve], queries: Sequence[NDArray[np.float32]]
+) -> list[Retrieved]:
+    if not searches:
+        return []
+    searcher = serving.snapshot.searcher
+    ks = [min(one.k, len(searcher)) for one in searches]
+    result = searcher.search(np.stack(queries), ks, [one.excluded for one in searches])
+    answers = []
+    for one, rows, scores in zip(searches, result.rows, result.scores, strict=True):
+        count = int(np.count_nonzero(rows >= 0))
+        answers.append(_retrieved(serving, one, rows[:count], scores[:count], Source.MODEL))
+    return answers
+
+
+def _popular(serving: ServingSnapshot, one: PreparedRetrieve) -> Retrieved:
+    # So many rows hold k that are not excluded, if there are k.
+    rows = serving.snapshot.popular[: one.k + len(one.excluded)]
+    rows = rows[~np.isin(rows, one.excluded)][: one.k]
+    return _retrieved(serving, one, rows, serving.event_share[rows], Source.POPULARITY)
+
+
+def _retrieved(
+    serving: ServingSnapshot,
+    one: PreparedRetrieve,
+    rows: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    source: Source,
+) -> Retrieved:
+    return Retrieved(
+        items=serving.ids_of(rows),
+        scores=scores.tolist(),
+        snapshot_version=serving.version,
+        source=source,
+        shortfall=one.k - len(rows),
+        unknown_items=one.user.unknown if isinstance(one.user, UserEvents) else 0,
+        titles=serving.titles_of(rows) if one.include_titles else [],
+    )

@@ -1,0 +1,121 @@
+"""A small dataset and snapshots of it with an untrained, seeded encoder: answers are arbitrary but certain."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from retrieval.data.dataset import Dataset
+from retrieval.data.vocabulary import Vocabulary
+from retrieval.encoder.checkpoint import CheckpointInfo
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.inference import item_vectors
+from retrieval.encoder.model import HSTUEncoder
+from retrieval.histories.dataset import DatasetHistories
+from retrieval.index.builder import build_index
+from retrieval.index.spec import IndexSpec
+from retrieval.rpc.client import History
+from retrieval.rpc.serving import ServingSnapshot
+from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.store import open_snapshot, write_snapshot
+from tests.support import Event, write_dataset
+
+ITEMS, USERS, MAX_LENGTH, WIDTH = 300, 40, 12, 16
+ACTIONS = ("", "like", "skip")
+START = 1_000_000
+
+
+def histories(seed: int = 0) -> list[list[Event]]:
+    """Users with 1 to 30 events, more than the encoder reads, of a catalogue whose last items nobody touched."""
+    rng = np.random.default_rng(seed)
+    events = []
+    for user in range(USERS):
+        length = 1 + user % 30
+        times = START + np.cumsum(rng.integers(0, 100_000, length))
+        popular = (rng.random(length) ** 2 * (ITEMS - 50)).astype(int)
+        events.append(list(zip(popular.tolist(), rng.integers(0, 3, length).tolist(), times.tolist(), strict=True)))
+    return events
+
+
+@dataclass(frozen=True)
+class World:
+    """A dataset, a registry and an encoder that belong together."""
+
+    dataset: Dataset
+    registry: Registry
+    encoder: HSTUEncoder
+    stored: DatasetHistories
+
+    def open(self) -> ServingSnapshot:
+        return ServingSnapshot(open_snapshot(self.registry.folder(self.registry.current())))
+
+    def history(self, user: int) -> History:
+        """A user's events, as a client would send them."""
+        stored = self.stored.get(user)
+        assert stored is not None
+        return History(list(stored.items), stored.timestamps.tolist(), stored.actions)  # type: ignore[arg-type]
+
+    def ids(self, rows: list[int] | NDArray[np.int64]) -> list[int] | list[str]:
+        return self.dataset.vocabulary.ids_of(np.array(rows, np.int64))
+
+
+def make_encoder(seed: int = 0, items: int = ITEMS) -> HSTUEncoder:
+    """Untrained, but with every part of it at work."""
+    torch.manual_seed(seed)
+    config = HSTUConfig(
+        num_items=items, num_actions=3, max_length=MAX_LENGTH, width=WIDTH, num_heads=2, qk_dim=8, v_dim=8
+    )
+    encoder = HSTUEncoder(config).eval()
+    assert encoder.action_embedding is not None
+    with torch.no_grad():
+        encoder.item_embedding.weight.normal_()
+        encoder.action_embedding.weight.normal_()
+        for layer in encoder.layers:
+            layer.uvqk.normal_(std=0.5)  # type: ignore[union-attr]
+            layer.time_table.normal_()  # type: ignore[union-attr]
+    return encoder
+
+
+def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, factory: str = "Flat") -> str:
+    titles = pa.array([f"Title {row}" if row % 7 else None for row in range(len(dataset.vocabulary))])
+    vocabulary = Vocabulary(dataset.vocabulary.ids, {"title": titles, "events": pa.array(dataset.item_counts)})
+    spec = IndexSpec(factory=factory)
+
+    def write(folder: Path) -> bytes:
+        return write_snapshot(
+            folder,
+            encoder=encoder,
+            info=CheckpointInfo(
+                encoder=encoder.config, actions=ACTIONS, dataset=dataset.info.fingerprint, split={}, training={}
+            ),
+            vocabulary=vocabulary,
+            index=build_index(item_vectors(encoder), spec),
+            spec=spec,
+            ann_recall=1.0,
+            report={},
+        )
+
+    return registry.publish(write)
+
+
+def make_world(folder: Path, item_ids: list[int] | list[str]) -> World:
+    dataset = write_dataset(folder / "dataset", histories(), item_ids)
+    encoder = make_encoder()
+    registry = Registry(folder / "registry")
+    publish(registry, dataset, encoder)
+    return World(dataset, registry, encoder, DatasetHistories(folder / "dataset"))
+
+
+def integer_ids() -> list[int]:
+    """In no order, with negative ones and ones beyond what a float can hold."""
+    ids = [2**53 + 1 + row if row % 3 == 0 else row * 17 - 1000 for row in range(ITEMS)]
+    return np.random.default_rng(1).permutation(np.array(ids)).tolist()
+
+
+def string_ids() -> list[str]:
+    """In no order, beyond ASCII, and some that look like numbers."""
+    ids = [str(row) if row % 3 == 0 else f"item-é{row:04d}-🎬" for row in range(ITEMS)]
+    return np.random.default_rng(2).permutation(np.array(ids)).tolist()
