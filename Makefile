@@ -8,8 +8,9 @@ VENV ?= .venv
 EXTRAS ?= cpu,dev
 OUT ?= demo
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+
 comma := ,
+READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: help setup demo test lint types check stubs clean
 

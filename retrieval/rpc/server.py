@@ -227,16 +227,13 @@ def _unary(method: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]], re
 
 
 async def _serve(
-    config: ServerConfig,
-    histories: HistoryStore | None,
-    on_ready: Callable[[str, asyncio.Event], None],
+    config: ServerConfig, histories: HistoryStore | None, stop: asyncio.Event, on_ready: Callable[[str], object]
 ) -> None:
-    """Run until the event that `on_ready` is given is set."""
-    stop = asyncio.Event()
+    """Run until `stop` is set."""
     server = Server(config, histories)
     try:
         await server.start()
-        on_ready(server.address, stop)
+        on_ready(server.address)
         await stop.wait()
     finally:
         await server.stop()
@@ -265,14 +262,15 @@ def run_server(
         InputError: the server cannot listen at the configured address.
     """
 
-    def ready(address: str, stop: asyncio.Event) -> None:
+    async def serve() -> None:
+        stop = asyncio.Event()
+        # From the beginning: a server that is still loading its first snapshot ends in order, too.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        if on_ready is not None:
-            on_ready(address)
+        await _serve(config, histories, stop, on_ready if on_ready is not None else lambda _: None)
 
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        runner.run(_serve(config, histories, ready))
+        runner.run(serve())
 
 
 @contextmanager
@@ -284,14 +282,15 @@ def running_server(config: ServerConfig, histories: HistoryStore | None = None) 
     """
     started: Future[tuple[str, Callable[[], object]]] = Future()
 
-    def ready(address: str, stop: asyncio.Event) -> None:
-        loop = asyncio.get_running_loop()
-        started.set_result((address, lambda: loop.call_soon_threadsafe(stop.set)))
+    async def serve() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        end = partial(loop.call_soon_threadsafe, stop.set)
+        await _serve(config, histories, stop, lambda address: started.set_result((address, end)))
 
     def run() -> None:
         try:
             with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-                runner.run(_serve(config, histories, ready))
+                runner.run(serve())
         except BaseException as error:
             if started.done():
                 raise

@@ -1,0 +1,116 @@
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import pytest
+
+from retrieval.rpc.batcher import Batcher
+from retrieval.rpc.errors import DeadlineError, OverloadedError
+
+
+class Gate:
+    """A run that doubles numbers, held up until the gate is opened, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, jobs: list[int]) -> Sequence[int]:
+        self.batches.append(list(jobs))
+        assert self.open.wait(10)
+        if 13 in jobs:
+            raise ValueError("13 brings bad luck")
+        return [2 * job for job in jobs]
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+async def until(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_what_waits_while_the_worker_is_busy_is_run_together_in_order() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=4, capacity=100)
+        first = asyncio.create_task(batcher.submit(0))
+        await until(lambda: gate.batches)
+        rest = [asyncio.create_task(batcher.submit(number)) for number in range(1, 8)]
+        await asyncio.sleep(0.01)
+        gate.open.set()
+        assert await asyncio.gather(first, *rest) == [0, 2, 4, 6, 8, 10, 12, 14]
+        assert gate.batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
+        batcher.close()
+
+    run(scenario())
+
+
+def test_a_cancelled_job_never_runs_and_leaves_the_queue_at_once() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=4, capacity=100)
+        tasks = [asyncio.create_task(batcher.submit(0))]
+        await until(lambda: gate.batches)
+        tasks += [asyncio.create_task(batcher.submit(number)) for number in (1, 2, 3)]
+        await asyncio.sleep(0.01)
+        tasks[2].cancel()
+        await asyncio.sleep(0.01)
+        assert len(batcher._waiting) == 2
+        gate.open.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [answer for answer in answers if not isinstance(answer, BaseException)] == [0, 2, 6]
+        assert tasks[2].cancelled()
+        assert gate.batches == [[0], [1, 3]]
+        batcher.close()
+
+    run(scenario())
+
+
+def test_a_job_whose_deadline_passes_while_it_waits_never_runs() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=4, capacity=100)
+        now = asyncio.get_running_loop().time()
+        first = asyncio.create_task(batcher.submit(0, now + 0.001))
+        await until(lambda: gate.batches)
+        late = asyncio.create_task(batcher.submit(1, now + 0.02))
+        in_time = asyncio.create_task(batcher.submit(2, now + 100))
+        await asyncio.sleep(0.05)
+        gate.open.set()
+        # The first had begun before its deadline passed; its caller may still want the answer.
+        assert await first == 0
+        with pytest.raises(DeadlineError):
+            await late
+        assert await in_time == 4
+        assert gate.batches == [[0], [2]]
+        batcher.close()
+
+    run(scenario())
+
+
+def test_a_job_that_fails_does_not_fail_its_batch_mates() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=8, capacity=100)
+        gate.open.set()
+        answers = await asyncio.gather(*map(batcher.submit, (1, 13, 3)), return_exceptions=True)
+        assert (answers[0], answers[2]) == (2, 6)
+        assert isinstance(answers[1], ValueError)
+        assert await batcher.submit(4) == 8
+        batcher.close()
+
+    run(scenario())
+
+
+def test_slots_beyond_the_capacity_are_refused_and_come_back() -> None:
+    batcher = Batcher(Gate(), max_batch=1, capacity=2)
+    with batcher.slot():
+        with batcher.slot(), pytest.raises(OverloadedError, match="2 calls are in hand"), batcher.slot():
+            pass
+        with batcher.slot():
+            pass
+    batcher.close()
