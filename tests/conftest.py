@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before triton is imported: kernels then run in its interpreter, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.9 warns unless this is decided, one way or the other.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 
 @pytest.fixture
 def datasets() -> Path:

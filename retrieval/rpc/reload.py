@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from retrieval.errors import NoSnapshotError, RetrievalError
 from retrieval.rpc.serving import ServingSnapshot
@@ -29,6 +30,7 @@ class Reloader:
         device: where encoders run.
         poll_seconds: mean time between two looks at the registry.
         on_change: awaited after each change of the live snapshot.
+        prepare_thread: called on the loading thread before its first load.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Reloader:
         device: str = "cpu",
         poll_seconds: float = 5.0,
         on_change: Callable[[ServingSnapshot], Awaitable[None]] | None = None,
+        prepare_thread: Callable[[], None] | None = None,
     ) -> None:
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-snapshot", initializer=prepare_thread)
         self._registry, self._device, self._poll_seconds, self._on_change = registry, device, poll_seconds, on_change
         self._live: ServingSnapshot | None = None
         self._failed_version: str | None = None
@@ -66,8 +70,9 @@ class Reloader:
 
     async def check(self) -> None:
         """Look at the registry once and load what is new. Never raises: what goes wrong is logged."""
+        loop = asyncio.get_running_loop()
         try:
-            version = await asyncio.to_thread(self._registry.current)
+            version = await loop.run_in_executor(self._loader, self._registry.current)
         except Exception as error:
             self._complain(error)
             return
@@ -78,7 +83,7 @@ class Reloader:
             self._polls_to_skip -= 1
             return
         try:
-            loaded = await asyncio.to_thread(self._load, version)
+            loaded = await loop.run_in_executor(self._loader, self._load, version)
         except Exception as error:
             self._failures = self._failures + 1 if version == self._failed_version else 1
             self._failed_version = version
@@ -89,6 +94,10 @@ class Reloader:
         _log.info("serving snapshot %s (%d items)", loaded.version, loaded.snapshot.manifest.items)
         if self._on_change is not None:
             await self._on_change(loaded)
+
+    def close(self) -> None:
+        """End the loading thread, after the load that it may be at."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, version: str) -> ServingSnapshot:
         return ServingSnapshot(open_snapshot(self._registry.folder(version), self._device))

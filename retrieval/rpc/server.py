@@ -99,6 +99,8 @@ class Server:
             device=config.device,
             poll_seconds=config.poll_seconds,
             on_change=self._announce,
+            # Loading may take its time; the calls beside it may not.
+            prepare_thread=partial(_limit_threads, 1),
         )
         self._health = health.aio.HealthServicer()
         self._following: asyncio.Task[None] | None = None
@@ -147,6 +149,7 @@ class Server:
             self._following.cancel()
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(self._config.grace_seconds)
+        self._reloader.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._batcher.close()
         _log.info("stopped")

@@ -1,12 +1,25 @@
 from collections.abc import Iterator
 
+import faiss
 import pytest
+import torch
 
 from retrieval.rpc.client import RetrievalClient
 from retrieval.rpc.server import ServerConfig, running_server
 from retrieval.rpc.service import RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
 from tests.rpc.world import World, integer_ids, make_world, string_ids
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Servers and tests share few cores: a test's threads that spin for each other would starve its server."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture(scope="session", params=["integers", "strings"])

@@ -33,6 +33,7 @@ def bare(integer_world: World) -> Iterator[RetrievalClient]:
         yield client
 
 
+MIXED: Any = [1, "a"]
 GOOD = History([1, 2], [10, 20], ["like", ""])
 NAMES = "is not an action of this snapshot; it has 'like', 'skip'"
 CASES: list[tuple[Any, dict[str, Any], str]] = [
@@ -68,8 +69,8 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (GOOD, {"k": 2**31}, "k: must be an integer of its range"),
     (GOOD, {"request_time": 2**63}, "request_time: must be an integer of its range"),
     (History([2**63], [1]), {}, "history.items: must be ids of one kind, all 64-bit integers or all strings"),
-    (History([1, "a"], [1, 2]), {}, "history.items: must be ids of one kind, all 64-bit integers or all strings"),
-    (History(["a", 1], [1, 2]), {}, "history.items: must be ids of one kind, all strings"),
+    (History(MIXED, [1, 2]), {}, "history.items: must be ids of one kind, all 64-bit integers or all strings"),
+    (History(MIXED[::-1], [1, 2]), {}, "history.items: must be ids of one kind, all strings"),
     (History([1], [0.5]), {}, "history.timestamps: must be integers, in seconds"),  # type: ignore[list-item]
     (StoredUser(2**63), {}, "stored_user: must be a string or a 64-bit integer"),
 ]  # fmt: skip

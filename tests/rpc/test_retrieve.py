@@ -73,7 +73,7 @@ def test_a_ready_embedding_of_any_length_gets_what_its_history_gets(world: World
 
 def test_ids_come_back_as_they_went_in(world: World, client: RetrievalClient) -> None:
     answer = client.retrieve(world.history(3), k=10_000)
-    assert sorted(answer.items) == sorted(world.ids(np.arange(ITEMS)))  # type: ignore[type-var]
+    assert sorted(answer.items) == sorted(world.ids(np.arange(ITEMS)))
     assert {type(item) for item in answer.items} == {type(world.ids([0])[0])}
 
 
@@ -91,7 +91,7 @@ def test_exclusions_hold_with_repeats_and_unknown_ids_among_them(world: World, c
     best = client.retrieve(world.history(8), k=10, request_time=LATER)
     unknown = "no such item" if isinstance(best.items[0], str) else -(2**62)
     exclude = [*best.items[:5], *best.items[:5], unknown]
-    answer = client.retrieve(world.history(8), k=5, request_time=LATER, exclude=exclude)  # type: ignore[arg-type]
+    answer = client.retrieve(world.history(8), k=5, request_time=LATER, exclude=exclude)
     assert answer.items == best.items[5:]
     everything = client.retrieve(world.history(8), k=5, exclude=world.ids(np.arange(ITEMS)))
     assert (everything.items, everything.scores, everything.shortfall) == ([], [], 5)
@@ -109,7 +109,7 @@ def test_unknown_items_of_a_history_are_counted_and_change_nothing_else(world: W
     history = world.history(20)
     unknown: int | str = "no such item" if world.dataset.vocabulary.has_string_ids else 4_000_000_000_000_000_000
     mixed = History(
-        [unknown, *history.items[:9], unknown, unknown, *history.items[9:], unknown],  # type: ignore[arg-type]
+        [unknown, *history.items[:9], unknown, unknown, *history.items[9:], unknown],
         [0, *history.timestamps[:9], *[history.timestamps[9]] * 2, *history.timestamps[9:], LATER - 1],
         ["like", *history.actions[:9], "", "skip", *history.actions[9:], "like"],
     )

@@ -56,7 +56,7 @@ class World:
         """A user's events, as a client would send them."""
         stored = self.stored.get(user)
         assert stored is not None
-        return History(list(stored.items), stored.timestamps.tolist(), stored.actions)  # type: ignore[arg-type]
+        return History(list(stored.items), stored.timestamps.tolist(), stored.actions)
 
     def ids(self, rows: list[int] | NDArray[np.int64]) -> list[int] | list[str]:
         return self.dataset.vocabulary.ids_of(np.array(rows, np.int64))
@@ -73,9 +73,9 @@ def make_encoder(seed: int = 0, items: int = ITEMS) -> HSTUEncoder:
     with torch.no_grad():
         encoder.item_embedding.weight.normal_()
         encoder.action_embedding.weight.normal_()
-        for layer in encoder.layers:
-            layer.uvqk.normal_(std=0.5)  # type: ignore[union-attr]
-            layer.time_table.normal_()  # type: ignore[union-attr]
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("uvqk", "time_table")):
+                parameter.normal_(std=0.5)
     return encoder
 
 
