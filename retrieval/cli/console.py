@@ -39,9 +39,10 @@ def progress(name: str) -> Iterator[Update]:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=_ERR) as bar:
-            task = bar.add_task(name, total=None, note="")
 
             def show(done: float, total: float, note: str = "") -> None:
+                # No bar before there is something to show: work that is refused at once should print one sentence.
+                task = bar.task_ids[0] if bar.task_ids else bar.add_task(name, note="")
                 bar.update(task, completed=done, total=total, note=note)
 
             yield show

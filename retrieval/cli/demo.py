@@ -234,16 +234,18 @@ def _print_report(data: _Input, report: "Report", version: str, answers: list[_A
 
 def _side_by_side(answered: _Answered, dataset: "Dataset") -> Table:
     """Last events on the left, candidates on the right."""
-    vocabulary = dataset.vocabulary
-    history = answered.history
+    # What the other columns leave of the line, shared by the two columns of titles.
+    title_width = max(12, (OUT.width - 62) // 2)
+    vocabulary, history = dataset.vocabulary, answered.history
     titles = vocabulary.attributes.get("title")
-    events = Table("last events", "action", "time (UTC)", box=None)
+    events = Table(box=None)
+    for column, width in (("time (UTC)", None), ("action", None), ("last events", title_width)):
+        events.add_column(column, no_wrap=True, max_width=width)
     for place in range(max(0, len(history.items) - _SHOWN_EVENTS), len(history.items)):
-        item = history.items[place]
         (row,) = vocabulary.rows_of(history.items[place : place + 1])
         title = titles[int(row)].as_py() if titles is not None else None
         when = datetime.fromtimestamp(int(history.timestamps[place]), UTC)
-        events.add_row(f"{title} ({item})" if title else str(item), history.actions[place], f"{when:%Y-%m-%d %H:%M}")
-    both = Table.grid(padding=(0, 4))
-    both.add_row(events, candidate_table(answered.answer))
+        events.add_row(f"{when:%Y-%m-%d %H:%M}", history.actions[place], title or str(history.items[place]))
+    both = Table.grid(padding=(0, 3))
+    both.add_row(events, candidate_table(answered.answer, title_width))
     return both

@@ -74,12 +74,15 @@ def run(parsed: argparse.Namespace) -> None:
         say(f"{answer.unknown_items} events of the history are of items that the catalogue does not have")
 
 
-def candidate_table(answer: "Retrieved") -> Table:
-    """Candidates, best first."""
-    table = Table("rank", "item", *(["title"] if answer.titles else []), "score")
-    titles = answer.titles or [""] * len(answer.items)
-    for rank, (item, title, score) in enumerate(zip(answer.items, titles, answer.scores, strict=True), 1):
-        table.add_row(str(rank), str(item), *([title] if answer.titles else []), f"{score:.4f}")
+def candidate_table(answer: "Retrieved", title_width: int | None = None) -> Table:
+    """Candidates, best first; titles are cut to `title_width` columns if that is given."""
+    table = Table("rank", "item", "score")
+    for column in table.columns:
+        column.no_wrap = True
+    if answer.titles:
+        table.add_column("title", no_wrap=True, max_width=title_width)
+    for place, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True)):
+        table.add_row(str(place + 1), str(item), f"{score:.4f}", *answer.titles[place : place + 1])
     return table
 
 
