@@ -1,7 +1,7 @@
 """Typed errors, each with the exit code that the command line gives it.
 
 A user's mistake is an `InputError` and reads as one sentence that names what was wrong and where. A broken
-invariant of our own is an `assert`, not an error of this module. The mapping to gRPC codes is in `rpc.convert`.
+invariant of our own is an `assert`, not an error of this module. The mapping to gRPC codes is in `rpc.status`.
 """
 
 __all__ = [

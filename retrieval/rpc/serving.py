@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from retrieval.data.sequences import gather_histories
 from retrieval.encoder.inference import embed_users
+from retrieval.errors import SnapshotCorruptError
 from retrieval.rpc.requests import ServingState
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch
@@ -17,6 +18,9 @@ class ServingSnapshot:
     """An opened snapshot with its look-ups built, ready for its first call. Immutable; any thread may use it.
 
     Building takes as long as the catalogue is large, so it belongs off the event loop.
+
+    Raises:
+        SnapshotCorruptError: the encoder has too few action embeddings for the snapshot's action names.
 
     Attributes:
         snapshot: the snapshot.
@@ -32,6 +36,12 @@ class ServingSnapshot:
         self.version = snapshot.version
         self.max_length = snapshot.encoder.config.max_length
         self.string_ids = snapshot.vocabulary.has_string_ids
+        num_actions = snapshot.encoder.config.num_actions
+        if 0 < num_actions < len(snapshot.info.actions):
+            # Found here, not by each call that uses such an action.
+            raise SnapshotCorruptError(
+                f"{snapshot.version}: names {len(snapshot.info.actions)} actions, but its encoder knows {num_actions}"
+            )
         self._action_codes = {name: code for code, name in reversed(list(enumerate(snapshot.info.actions)))}
         self._action_codes[""] = 0
         self.actions = tuple(name for name in self._action_codes if name)[::-1]

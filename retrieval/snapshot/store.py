@@ -103,6 +103,8 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
     sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
     if set(sizes.values()) != {manifest.items} or {info.encoder.width, index.d} != {manifest.width}:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
+    if "events" not in vocabulary.attributes:
+        raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column 'events'")
     events = vocabulary.attributes["events"].to_numpy()
     return Snapshot(
         version=folder.name,

@@ -70,6 +70,22 @@ def test_a_cancelled_job_never_runs_and_leaves_the_queue_at_once() -> None:
     run(scenario())
 
 
+def test_a_job_that_is_cancelled_in_the_moment_when_its_batch_starts_never_runs() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=4, capacity=100)
+        gate.open.set()
+        tasks = [asyncio.create_task(batcher.submit(number)) for number in (1, 2)]
+        # Both jobs wait, and the start of their batch is the event loop's next step.
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        assert await tasks[1] == 4
+        assert gate.batches == [[2]]
+        batcher.close()
+
+    run(scenario())
+
+
 def test_a_job_whose_deadline_passes_while_it_waits_never_runs() -> None:
     async def scenario() -> None:
         gate = Gate()

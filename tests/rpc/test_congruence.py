@@ -1,5 +1,6 @@
 """One answer, whoever asks and wherever: training code, evaluation, in process, our client, a foreign client."""
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,7 +19,9 @@ from retrieval.rpc.client import Embedding, History, RetrievalClient, StoredUser
 from retrieval.rpc.requests import EmbedRequest, RetrieveRequest
 from retrieval.rpc.service import RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
-from tests.rpc.world import MAX_LENGTH, START, USERS, WIDTH, World
+from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.store import open_snapshot
+from tests.rpc.world import ITEMS, MAX_LENGTH, START, USERS, WIDTH, World, make_encoder, publish
 from tests.tolerances import assert_close
 
 LATER = START + 10_000_000
@@ -75,6 +78,21 @@ def test_who_shares_a_batch_does_not_matter(world: World, service: RetrievalServ
             # By score: rounding may swap items whose scores differ in the last place.
             np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-5)  # type: ignore[union-attr]
             assert len(set(answer.items) & set(expected.items)) >= len(expected.items) - 1  # type: ignore[union-attr]
+
+
+def test_requests_of_two_snapshots_in_one_batch_are_answered_each_by_its_own(
+    integer_world: World, tmp_path: Path
+) -> None:
+    registry, service = Registry(tmp_path), RetrievalService()
+    versions = [publish(registry, integer_world.dataset, make_encoder(seed)) for seed in (1, 2)]
+    servings = [ServingSnapshot(open_snapshot(registry.folder(version))) for version in versions]
+    request = RetrieveRequest(user=integer_world.history(9), k=10, request_time=LATER)
+    alone = [service.retrieve(serving, request) for serving in servings]
+    assert alone[0].items != alone[1].items
+    batch = [service.prepare(servings[which], request) for which in (0, 1, 1, 0)]
+    answers = service.answer(batch)
+    assert [answer.snapshot_version for answer in answers] == [versions[which] for which in (0, 1, 1, 0)]
+    assert [answer.items for answer in answers] == [alone[which].items for which in (0, 1, 1, 0)]  # type: ignore[union-attr]
 
 
 def test_embeddings_do_not_depend_on_batch_mates(world: World, client: RetrievalClient) -> None:
@@ -157,3 +175,6 @@ def test_a_foreign_client_gets_the_same_candidates(world: World, address: str, c
             stored = foreign.call("Retrieve", {"stored_user": {"integer": user}, "k": 25, "request_time": LATER})
             assert len(stored["scores"]) == 25
         assert foreign.call("GetServingState", {})["storedUsers"]
+        everything = {kind: {"values": world.ids(np.arange(ITEMS))}}
+        nothing = foreign.call("Retrieve", {"history": {}, "k": 5, "exclude": everything})
+        assert nothing["items"] == {kind: {}}, "an answer without items still tells the ids' kind"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval.errors import NoSnapshotError
+from retrieval.errors import InvalidRequestError, NoSnapshotError
 from retrieval.rpc.client import History, RetrievalClient, Retrieved
 from retrieval.rpc.requests import RetrieveRequest
 from retrieval.rpc.server import ServerConfig, running_server
@@ -102,6 +102,32 @@ def test_a_server_that_starts_on_a_damaged_snapshot_waits_for_a_good_one(
         good = publish(registry, integer_world.dataset, make_encoder(2))
         client.wait_until_serving(20)
         assert version_of(client) == good
+
+
+def test_a_snapshot_whose_encoder_lacks_an_action_is_refused(
+    integer_world: World, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(registry, integer_world.dataset, make_encoder(), actions=("", "like", "skip", "buy"))
+    with running_server(config(registry)) as address, RetrievalClient(address, timeout=5) as client:
+        assert not client.is_serving()
+    assert "names 4 actions, but its encoder knows 3; no snapshot is live" in caplog.text
+
+
+def test_a_snapshot_without_actions_takes_any_name_and_one_that_ignores_them_knows_its_own(
+    integer_world: World, registry: Registry
+) -> None:
+    history = History(integer_world.history(9).items, integer_world.history(9).timestamps)
+    named = History(history.items, history.timestamps, ["buy"] * len(history.items))
+    liked = History(history.items, history.timestamps, ["like"] * len(history.items))
+    publish(registry, integer_world.dataset, make_encoder(num_actions=0), actions=("",))
+    with running_server(config(registry)) as address, RetrievalClient(address, timeout=5) as client:
+        plain = client.retrieve(history, request_time=LATER)
+        assert client.retrieve(named, request_time=LATER) == plain
+        version = publish(registry, integer_world.dataset, make_encoder(num_actions=0))
+        until(lambda: version_of(client) == version)
+        with pytest.raises(InvalidRequestError, match=r"actions\[0\]: 'buy' is not an action"):
+            client.retrieve(named, request_time=LATER)
+        assert client.retrieve(liked, request_time=LATER) == client.retrieve(history, request_time=LATER)
 
 
 def test_a_rollback_is_followed(integer_world: World, registry: Registry) -> None:

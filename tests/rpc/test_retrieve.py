@@ -95,6 +95,8 @@ def test_exclusions_hold_with_repeats_and_unknown_ids_among_them(world: World, c
     assert answer.items == best.items[5:]
     everything = client.retrieve(world.history(8), k=5, exclude=world.ids(np.arange(ITEMS)))
     assert (everything.items, everything.scores, everything.shortfall) == ([], [], 5)
+    rest = client.retrieve(world.history(8), k=ITEMS, exclude=exclude)
+    assert (len(rest.items), rest.shortfall) == (ITEMS - 5, 5)
 
 
 def test_exclude_seen_reaches_back_beyond_what_the_encoder_reads(world: World, client: RetrievalClient) -> None:
@@ -137,6 +139,7 @@ def test_without_a_known_item_the_answer_is_what_is_popular(
     without = client.retrieve(sent, k=ITEMS, exclude=world.ids(order[:3]))
     assert without.items == world.ids(order[3:])
     assert without.shortfall == 3
+    assert client.retrieve(sent, k=4, exclude=world.ids(order[1:4])).items == world.ids([order[0], *order[4:7]])
 
 
 def test_titles_are_sent_when_asked_for(world: World, client: RetrievalClient) -> None:

@@ -172,6 +172,30 @@ def test_a_signal_ends_the_server_after_the_calls_in_hand(integer_world: World, 
         assert process.wait(20) == 0, process.stderr.read()
 
 
+def test_a_signal_while_the_first_snapshot_loads_ends_the_server_in_order(integer_world: World) -> None:
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from retrieval.rpc.reload import Reloader
+        from retrieval.rpc.server import ServerConfig, run_server
+        load = Reloader._load
+        def slow(self, version):
+            print("loading", flush=True)
+            time.sleep(0.5)
+            return load(self, version)
+        Reloader._load = slow
+        run_server(ServerConfig(registry=Path(sys.argv[1]), port=0))
+        print("ended", flush=True)
+    """)
+    command = [sys.executable, "-c", script, str(integer_world.registry.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.terminate()
+        assert process.stdout.read() == "ended\n"
+        assert process.wait(20) == 0
+
+
 def test_health_turns_to_not_serving_before_the_server_goes(integer_world: World) -> None:
     config = ServerConfig(registry=integer_world.registry.path, port=0, grace_seconds=0.5)
     seen = []

@@ -62,34 +62,34 @@ class World:
         return self.dataset.vocabulary.ids_of(np.array(rows, np.int64))
 
 
-def make_encoder(seed: int = 0, items: int = ITEMS) -> HSTUEncoder:
+def make_encoder(seed: int = 0, num_actions: int = 3) -> HSTUEncoder:
     """Untrained, but with every part of it at work."""
     torch.manual_seed(seed)
     config = HSTUConfig(
-        num_items=items, num_actions=3, max_length=MAX_LENGTH, width=WIDTH, num_heads=2, qk_dim=8, v_dim=8
+        num_items=ITEMS, num_actions=num_actions, max_length=MAX_LENGTH, width=WIDTH, num_heads=2, qk_dim=8, v_dim=8
     )
     encoder = HSTUEncoder(config).eval()
-    assert encoder.action_embedding is not None
     with torch.no_grad():
         encoder.item_embedding.weight.normal_()
-        encoder.action_embedding.weight.normal_()
+        if encoder.action_embedding is not None:
+            encoder.action_embedding.weight.normal_()
         for name, parameter in encoder.named_parameters():
             if name.endswith(("uvqk", "time_table")):
                 parameter.normal_(std=0.5)
     return encoder
 
 
-def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, factory: str = "Flat") -> str:
+def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, actions: tuple[str, ...] = ACTIONS) -> str:
     titles = pa.array([f"Title {row}" if row % 7 else None for row in range(len(dataset.vocabulary))])
     vocabulary = Vocabulary(dataset.vocabulary.ids, {"title": titles, "events": pa.array(dataset.item_counts)})
-    spec = IndexSpec(factory=factory)
+    spec = IndexSpec()
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
             folder,
             encoder=encoder,
             info=CheckpointInfo(
-                encoder=encoder.config, actions=ACTIONS, dataset=dataset.info.fingerprint, split={}, training={}
+                encoder=encoder.config, actions=actions, dataset=dataset.info.fingerprint, split={}, training={}
             ),
             vocabulary=vocabulary,
             index=build_index(item_vectors(encoder), spec),
