@@ -9,7 +9,6 @@ Columns are memory-mapped: opening takes milliseconds at any size, and a process
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +82,9 @@ class Dataset:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.info = _read_info(path)
+        self.info = DatasetInfo.load_json(
+            path / "dataset.json", format_number=DATASET_FORMAT, folder_is="a dataset folder", error=DataError
+        )
         self.vocabulary = Vocabulary.load(path / "vocabulary.arrow")
         users = map_columns(path / "users.arrow")
         self.user_ids: pa.Array = users.column("id")
@@ -118,17 +119,3 @@ class Dataset:
 def _is_text(value: object) -> bool:
     # A lone surrogate has no bytes in UTF-8, so no stored id can be equal to it.
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _read_info(path: Path) -> DatasetInfo:
-    file = path / "dataset.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: is not a dataset folder (dataset.json is missing)") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from None
-    number = values.get("format") if isinstance(values, dict) else None
-    if number != DATASET_FORMAT:
-        raise DataError(f"{file}: format {number!r} is not the format {DATASET_FORMAT} that this version reads")
-    return DatasetInfo.parse(values, str(file))

@@ -3,7 +3,6 @@
 The two are bound by the weights' SHA-256 in the JSON, so that halves of two checkpoints never load together.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,9 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[H
     Raises:
         CheckpointError: a file is missing or damaged, of another format, or the two do not belong together.
     """
-    info = _read_info(folder / _JSON)
+    info = CheckpointInfo.load_json(
+        folder / _JSON, format_number=CHECKPOINT_FORMAT, folder_is="a trained encoder's folder", error=CheckpointError
+    )
     weights = folder / _WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{weights}: is missing")
@@ -71,18 +72,3 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[H
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{weights}: does not fit {_JSON} ({error})") from None
     return encoder.to(device).eval(), info
-
-
-def _read_info(file: Path) -> CheckpointInfo:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent}: holds no encoder ({_JSON} is missing)") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error})") from None
-    number = values.get("format") if isinstance(values, dict) else None
-    if number != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{file}: format {number!r} is not the format {CHECKPOINT_FORMAT} that this version reads"
-        )
-    return CheckpointInfo.parse(values, str(file))

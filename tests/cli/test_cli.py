@@ -157,7 +157,7 @@ def damaged_registry(work: Path, folder: Path) -> Path:
         ("train {work}/dataset --out {tmp}/r --epochs 0", 2, "command line: epochs"),
         ("train {work}/dataset --out {work}/run", 2, "continue it with --resume"),
         ("train {work}/dataset --out {tmp}/r --device cuda:99", 2, "--device cuda:99"),
-        ("evaluate {work}/dataset {tmp}", 2, "holds no encoder"),
+        ("evaluate {work}/dataset {tmp}", 2, "is not a trained encoder's folder"),
         ("evaluate {work}/dataset {work}/run --index IVF4096,Flat", 2, "IVF4096,Flat"),
         ("evaluate {work}/dataset {work}/run --search nprobe", 2, "is not NAME=VALUE"),
         ("publish {work}/dataset {work}/run --registry {tmp}/g --index Nonsense", 2, "could not parse"),

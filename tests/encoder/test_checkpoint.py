@@ -39,7 +39,7 @@ def test_halves_of_two_checkpoints_do_not_load_together(tmp_path: Path) -> None:
 
 
 def test_a_missing_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no encoder"):
+    with pytest.raises(CheckpointError, match="is not a trained encoder"):
         load_checkpoint(tmp_path / "nothing")
 
 
