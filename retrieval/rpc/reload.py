@@ -44,6 +44,8 @@ class Reloader:
     ) -> None:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-snapshot", initializer=prepare_thread)
         self._registry, self._device, self._poll_seconds, self._on_change = registry, device, poll_seconds, on_change
+        # Of its own: a program's seeded global generator is not ours to advance.
+        self._random = random.Random()
         self._live: ServingSnapshot | None = None
         self._failed_version: str | None = None
         self._failures = 0
@@ -65,7 +67,7 @@ class Reloader:
         """Look at the registry again and again, until cancelled."""
         while True:
             # Jitter: replicas that were started together must not all read a new snapshot at the same moment.
-            await asyncio.sleep(self._poll_seconds * random.uniform(0.8, 1.2))
+            await asyncio.sleep(self._poll_seconds * self._random.uniform(0.8, 1.2))
             await self.check()
 
     async def check(self) -> None:
