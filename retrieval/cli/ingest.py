@@ -117,7 +117,7 @@ def _summary(dataset: "Dataset") -> Table:
     rows |= {name.replace("_", " "): value for name, value in info.statistics.items()}
     for name, value in rows.items():
         if isinstance(value, dict):
-            text = ", ".join(f"{key} {_figure(part)}" for key, part in value.items())
+            text = ", ".join(f"{key or '(none)'} {_figure(part)}" for key, part in value.items())
         else:
             text = _figure(value)
         table.add_row(name, text)
