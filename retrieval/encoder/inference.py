@@ -20,9 +20,8 @@ def embed_users(encoder: HSTUEncoder, batch: JaggedBatch) -> NDArray[np.float32]
     """
     assert not encoder.training
     assert bool((batch.lengths > 0).all())
-    vectors = encoder(JaggedTensors.of(batch, encoder.device))
-    last = torch.from_numpy(batch.offsets[1:] - 1).to(encoder.device)
-    embeddings: NDArray[np.float32] = vectors[last].float().cpu().numpy()
+    vectors = encoder.last(JaggedTensors.of(batch, encoder.device))
+    embeddings: NDArray[np.float32] = vectors.float().cpu().numpy()
     return embeddings
 
 

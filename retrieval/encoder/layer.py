@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retrieval.encoder.config import HSTUConfig
+from retrieval.kernels.gated_norm import gated_norm
 from retrieval.kernels.hstu_attention import AttentionPlan, hstu_attention
+from retrieval.kernels.hstu_decode import hstu_decode
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
 
 __all__ = ["HSTULayer"]
@@ -47,11 +49,49 @@ class HSTULayer(nn.Module):
             q.unflatten(-1, (self.num_heads, self.qk_dim)),
             k.unflatten(-1, (self.num_heads, self.qk_dim)),
             v.unflatten(-1, (self.num_heads, self.v_dim)),
-            plan,
+            *plan.where,
             pos_table=self.pos_table,
             time_table=self.time_table,
             norm=self.norm,
+            prepared=plan.prepared,
+            max_length=plan.max_length,
+            backend=plan.backend,
         ).flatten(-2)
-        gated = u * functional.layer_norm(attended, attended.shape[-1:], eps=_EPS)
-        out: Tensor = x_TD + self.output(functional.dropout(gated, self.dropout, self.training))
+        return self._gate(x_TD, u, attended, plan)
+
+    def last(self, x_TD: Tensor, plan: AttentionPlan) -> Tensor:
+        """What `forward` gives at the last token of each row, `[B, D]`, for a fraction of its work.
+
+        Keys and values are computed for all tokens, the query and the gate for one per row. Rows must not be empty.
+        Inference only.
+        """
+        assert not self.training
+        offsets, timestamps, query_times = plan.where
+        last_B = (offsets[1:] - 1).to(x_TD.device)
+        position_B = (offsets.diff() - 1).to(x_TD.device)
+        normed = functional.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
+        w_u, w_v, w_q, w_k = self.uvqk.split(self.widths, dim=-1)
+        u, q = (functional.silu(normed.index_select(0, last_B) @ weight) for weight in (w_u, w_q))
+        v, k = (functional.silu(normed @ weight) for weight in (w_v, w_k))
+        attended = hstu_decode(
+            q.view(-1, 1, self.num_heads, self.qk_dim),
+            k.unflatten(-1, (self.num_heads, self.qk_dim)),
+            v.unflatten(-1, (self.num_heads, self.v_dim)),
+            offsets,
+            timestamps,
+            query_times.index_select(0, last_B).unsqueeze(1),
+            position_B.unsqueeze(1),
+            pos_table=self.pos_table,
+            time_table=self.time_table,
+            norm=self.norm,
+            max_length=plan.max_length,
+            backend=plan.backend,
+        ).flatten(1)
+        return self._gate(x_TD.index_select(0, last_B), u, attended, plan)
+
+    def _gate(self, x: Tensor, u: Tensor, attended: Tensor, plan: AttentionPlan) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        # Drawn on the CPU, whose generator the trainer seeds: the mask is then the same on a GPU.
+        seed = torch.randint(2**62, ()).to(x.device, non_blocking=True) if p else 0
+        out: Tensor = x + self.output(gated_norm(attended, u, p=p, seed=seed, backend=plan.backend))
         return out

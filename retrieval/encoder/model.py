@@ -9,7 +9,8 @@ from torch.nn import functional
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.config import HSTUConfig
 from retrieval.encoder.layer import HSTULayer
-from retrieval.kernels.hstu_attention import plan_attention
+from retrieval.kernels.backend import Backend
+from retrieval.kernels.hstu_attention import AttentionPlan, plan_attention
 
 __all__ = ["HSTUEncoder", "normalize"]
 
@@ -28,9 +29,11 @@ class HSTUEncoder(nn.Module):
     are scored by u·e with e the normalised row of the same item table E.
     """
 
-    def __init__(self, config: HSTUConfig) -> None:
+    def __init__(self, config: HSTUConfig, *, backend: Backend = "auto") -> None:
         super().__init__()
         self.config = config
+        # Which kernels run is a matter of the machine, not of the model: it is not saved with the weights.
+        self.backend: Backend = backend
         self.item_embedding = nn.Embedding(config.num_items, config.width)
         self.action_embedding = nn.Embedding(config.num_actions, config.width) if config.num_actions else None
         self.position_embedding = nn.Embedding(config.max_length, config.width)
@@ -48,15 +51,39 @@ class HSTUEncoder(nn.Module):
 
     def forward(self, batch: JaggedTensors) -> Tensor:
         """User embeddings of unit length after every token, `[T, D]`."""
+        x = self._embed(batch)
+        plan = self._plan(batch, len(self.layers))
+        for layer in self.layers:
+            x = layer(x, plan)
+        return normalize(x)
+
+    def last(self, batch: JaggedTensors) -> Tensor:
+        """User embeddings of unit length after each row's last token, `[B, D]`: what serving asks for.
+
+        Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. Rows must not be
+        empty. Evaluation mode and no gradient.
+        """
+        x = self._embed(batch)
+        plan = self._plan(batch, len(self.layers) - 1)
+        for layer in self.layers[:-1]:
+            x = layer(x, plan)
+        final = self.layers[-1]
+        assert isinstance(final, HSTULayer)
+        return normalize(final.last(x, plan))
+
+    def _plan(self, batch: JaggedTensors, full_layers: int) -> AttentionPlan:
+        """Prepare what that many layers of attention between all tokens share."""
+        time_bias = self.config.time_bias and full_layers > 0
+        where = (batch.offsets, batch.timestamps, batch.query_times)
+        return plan_attention(*where, time_bias=time_bias, backend=self.backend)
+
+    def _embed(self, batch: JaggedTensors) -> Tensor:
+        """x_0, `[T, D]`."""
         tokens = self.item_embedding(batch.items)
         if self.action_embedding is not None:
             tokens = tokens + self.action_embedding(batch.actions)
         x = tokens * math.sqrt(self.config.width) + self.position_embedding(batch.positions())
-        x = functional.dropout(x, self.config.dropout, self.training)
-        plan = plan_attention(batch.offsets, batch.timestamps, batch.query_times)
-        for layer in self.layers:
-            x = layer(x, plan)
-        return normalize(x)
+        return functional.dropout(x, self.config.dropout, self.training)
 
     def item_vectors(self) -> Tensor:
         """Item embeddings of unit length, `[N, D]`."""

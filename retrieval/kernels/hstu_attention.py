@@ -1,243 +1,189 @@
 """HSTU's pointwise attention with relative position and time bias, on jagged batches.
 
-    out_i = 1/c_i · Σ_{j ≤ i} SiLU(q_i·k_j + pos[i − j] + time[bucket(tq_i − t_j)]) · v_j
+    out_i = 1/c_i · Σ_{j visible to i} SiLU(α·q_i·k_j + pos[|p_i − p_j|] + time[bucket(|tq_i − t_j|)]) · v_j
 
-within each row of the batch; c_i is a constant, or the number of visible keys i + 1. There is no softmax and no
-1/√d. tq_i is the time at which the item after i is asked for. Source: "Actions Speak Louder than Words", arXiv
+within each row of the batch; c_i is a constant, or the number of keys that i sees. There is no softmax and no 1/√d.
+tq_i is the time at which the item after i is asked for. Source: "Actions Speak Louder than Words", arXiv
 2402.17152, equation 2 and section 3.2, with the bias tables of its public research code.
+
+What i sees. A row of n tokens is a history of h = n − num_targets tokens, the first c = min(contextual, h) of which
+are its contextual prefix, and then targets. Each token has a rank: 0 in the prefix, then one more per token of the
+history; all targets have the rank that the history's next token would have. (Without a prefix the first token has
+rank 0, so ranks are places.) Then i sees
+
+- itself;
+- every token of lower rank by less than `window`; targets therefore see the history and never each other;
+- from the prefix: the whole history, before and after it, whatever the window.
+
+With a window w, a token of the history sees w tokens, itself included; the prefix counts as one place, and falls out
+of the window like any other. These are the masks of the public production code (meta-recsys/generative-recommenders).
+
+Positions: p_i = min(i, h), the place in the row; targets all stand on the place after the history, so that a target's
+output does not depend on the other targets. Times: each target has its own query time and its own time as a key.
+
+Nothing of size N × N is kept between forward and backward, by any backend.
 
 Legend: B rows, T tokens, H heads, D query/key width, V value width, N length of a row, P positions of the table.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS, time_bucket, time_bucket_reference
+from retrieval.kernels import hstu_attention_cpu
+from retrieval.kernels.backend import Backend, resolve_backend
+from retrieval.kernels.hstu_attention_cpu import Masks
+from retrieval.kernels.hstu_attention_reference import UNBOUNDED, hstu_attention_reference
+from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
 
 __all__ = ["AttentionPlan", "hstu_attention", "hstu_attention_reference", "plan_attention"]
-
-# Scores that one step holds at once: on a CPU they should stay in the L2 cache (1 MiB of float32), on a GPU
-# they only need to be large enough to hide launch costs.
-_SCORES_PER_STEP = {"cpu": 1 << 18, "cuda": 1 << 26}
-
-
-@dataclass(frozen=True, slots=True)
-class _RowGroup:
-    """Rows of similar length that are padded to `length` and attended to together.
-
-    Attributes:
-        rows: number of rows.
-        length: their greatest length.
-        tokens: place of each of their tokens in the batch, int64 `[t]`.
-        slots: place of each of their tokens in the padded `[rows * length]`, int64 `[t]`; None without padding.
-        buckets: time buckets of all pairs, int32 `[rows * length * length]`.
-    """
-
-    rows: int
-    length: int
-    tokens: Tensor
-    slots: Tensor | None
-    buckets: Tensor
-
-    def pad(self, x: Tensor) -> Tensor:
-        """`[T, H, D]` of the batch → `[H, rows, length, D]` of the group, zero on padding."""
-        picked = x.index_select(0, self.tokens)
-        if self.slots is not None:
-            padded = x.new_zeros(self.rows * self.length, *x.shape[1:])
-            picked = padded.index_copy_(0, self.slots, picked)
-        return picked.view(self.rows, self.length, *x.shape[1:]).permute(2, 0, 1, 3).contiguous()
-
-    def unpad_into(self, out: Tensor, padded: Tensor) -> None:
-        """Write `[H, rows, length, D]` of the group to its tokens in `[T, H, D]` of the batch."""
-        heads, _, _, width = padded.shape
-        flat = padded.permute(1, 2, 0, 3).reshape(self.rows * self.length, heads, width)
-        out.index_copy_(0, self.tokens, flat if self.slots is None else flat.index_select(0, self.slots))
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What all layers share for one batch: rows grouped by length, and the time bucket of every pair.
+    """What all layers share for one batch; `plan_attention` makes it.
 
-    Build with `plan_attention`.
+    Attributes:
+        where: offsets, timestamps and query times, where the backend wants them.
+        prepared: the CPU backend's time buckets of all pairs.
+        max_length: length of the longest row; None where finding out would wait for a GPU.
+        backend: the implementation that it was made for.
     """
 
-    offsets: Tensor
-    groups: tuple[_RowGroup, ...]
+    where: tuple[Tensor, Tensor, Tensor]
+    prepared: Tensor | None
+    max_length: int | None
+    backend: Backend
 
 
-def _length_groups(lengths: Tensor, budget: int) -> Iterator[Tensor]:
-    """Indices of non-empty rows, longest first, cut so that rows × longest² stays within `budget`."""
-    order = torch.argsort(lengths, descending=True, stable=True)
-    sorted_lengths = lengths[order].tolist()
-    count = sum(length > 0 for length in sorted_lengths)
-    start = 0
-    while start < count:
-        end = min(count, start + max(1, budget // sorted_lengths[start] ** 2))
-        yield order[start:end]
-        start = end
-
-
-def plan_attention(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> AttentionPlan:
-    """Prepare attention over one batch.
+def plan_attention(
+    offsets: Tensor, timestamps: Tensor, query_times: Tensor, *, time_bias: bool = True, backend: Backend = "auto"
+) -> AttentionPlan:
+    """Do once per batch what `hstu_attention` would otherwise do once per layer.
 
     Args:
-        offsets: row b holds tokens `offsets[b]:offsets[b + 1]`, int64 `[B + 1]`, on the CPU.
+        offsets: row b holds tokens `offsets[b]:offsets[b + 1]`, int64 `[B + 1]`.
         timestamps: time of each token in seconds, int64 `[T]`.
         query_times: time at which the item after each token is asked for, in seconds, int64 `[T]`.
+        time_bias: whether any layer will use a time table.
+        backend: implementation to prepare for.
     """
-    device = timestamps.device
-    lengths = offsets.diff()
-    budget = _SCORES_PER_STEP.get(device.type, _SCORES_PER_STEP["cpu"])
-    groups = []
-    for rows in _length_groups(lengths, budget):
-        length = int(lengths[rows[0]])
-        place = torch.arange(length)
-        inside = place < lengths[rows].unsqueeze(1)
-        tokens = (offsets[rows].unsqueeze(1) + place)[inside].to(device)
-        slots = None if bool(inside.all()) else inside.view(-1).nonzero().squeeze(1).to(device)
-        group = _RowGroup(len(rows), length, tokens, slots, tokens)
-        t = group.pad(timestamps.view(-1, 1, 1)).view(len(rows), 1, length)
-        tq = group.pad(query_times.view(-1, 1, 1)).view(len(rows), length, 1)
-        groups.append(_RowGroup(len(rows), length, tokens, slots, time_bucket(tq - t).view(-1)))
-    return AttentionPlan(offsets, tuple(groups))
+    chosen = resolve_backend(backend, timestamps.device)
+    max_length = None
+    if not torch.compiler.is_compiling() and offsets.device.type == "cpu":
+        max_length = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    prepared = None
+    if chosen == "cpu" and time_bias:
+        prepared = torch.ops.retrieval.hstu_attention_prepare(offsets, timestamps, query_times)
+    if chosen == "triton":
+        offsets = offsets.to(timestamps.device, non_blocking=True)
+    return AttentionPlan((offsets, timestamps, query_times), prepared, max_length, chosen)
 
 
-def _row_scale(length: int, norm: float | None, like: Tensor) -> Tensor:
-    """1/c_i of each position as a column `[N, 1]`."""
-    if norm is not None:
-        return like.new_full((length, 1), 1.0 / norm)
-    return torch.arange(1, length + 1, device=like.device, dtype=like.dtype).reciprocal_().unsqueeze(1)
+@torch.library.custom_op("retrieval::hstu_attention_prepare", mutates_args=())
+def _prepare(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> Tensor:
+    return hstu_attention_cpu.prepare(offsets, timestamps, query_times)
 
 
-def _toeplitz(table: Tensor, length: int) -> Tensor:
-    """`[N, N]` with `table[i − j]` on and below the diagonal; what is above it is never used."""
-    place = torch.arange(length, device=table.device)
-    return table[(place.unsqueeze(1) - place).clamp_(min=0)]
+@_prepare.register_fake
+def _(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> Tensor:
+    return timestamps.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
 
 
-def _diagonal_sums(matrix: Tensor) -> Tensor:
-    """Sums of the diagonals i − j = 0 … N − 1 of a lower-triangular `[N, N]`: the adjoint of `_toeplitz`."""
-    length = len(matrix)
-    place = torch.arange(length, device=matrix.device)
-    distance = (place.unsqueeze(1) - place).clamp_(min=0)
-    return matrix.new_zeros(length).index_add_(0, distance.view(-1), matrix.reshape(-1))
+@torch.library.custom_op("retrieval::hstu_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    offsets: Tensor,
+    timestamps: Tensor,
+    query_times: Tensor,
+    num_targets: Tensor | None,
+    prepared: Tensor | None,
+    norm: float | None,
+    alpha: float,
+    window: int,
+    contextual: int,
+    deterministic: bool,
+    backend: str,
+) -> Tensor:
+    where, tables = (offsets, timestamps, query_times), (pos_table, time_table)
+    masks = Masks(norm=norm, alpha=alpha, window=window, contextual=contextual, num_targets=num_targets)
+    if backend == "triton":
+        from retrieval.kernels import hstu_attention_triton
+
+        return hstu_attention_triton.forward(q, k, v, where, tables, masks)
+    return hstu_attention_cpu.forward(q, k, v, where, tables, masks, prepared)
 
 
-class _HSTUAttention(torch.autograd.Function):
-    """Scores are recomputed in the backward pass: nothing of size N × N outlives a step."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pos_table: Tensor | None,
-        time_table: Tensor | None,
-        plan: AttentionPlan,
-        norm: float | None,
-    ) -> Tensor:
-        out = torch.empty_like(v)
-        for group, bias in _biases(plan, pos_table, time_table, q):
-            k_g, v_g = group.pad(k), group.pad(v)
-            scale = _row_scale(group.length, norm, v)
-            out_g = torch.empty_like(v_g)
-            for head, q_h in enumerate(group.pad(q)):
-                attention = functional.silu(_scores(bias, q_h, k_g[head]), inplace=True).tril_()
-                torch.bmm(attention, v_g[head], out=out_g[head])
-            group.unpad_into(out, out_g.mul_(scale))
-        ctx.save_for_backward(q, k, v, pos_table, time_table)
-        ctx.plan, ctx.norm = plan, norm
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pos_table, time_table = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dpos = torch.zeros_like(pos_table) if pos_table is not None else None
-        dtime = torch.zeros_like(time_table) if time_table is not None else None
-        for group, bias in _biases(ctx.plan, pos_table, time_table, q):
-            q_g, k_g, v_g = group.pad(q), group.pad(k), group.pad(v)
-            dout_g = group.pad(grads[0]).mul_(_row_scale(group.length, ctx.norm, v))
-            dq_g, dk_g, dv_g = torch.empty_like(q_g), torch.empty_like(k_g), torch.empty_like(v_g)
-            dbias: Tensor | None = None
-            for head in range(q.shape[1]):
-                scores = _scores(bias, q_g[head], k_g[head])
-                attention = functional.silu(scores).tril_()
-                torch.bmm(attention.mT, dout_g[head], out=dv_g[head])
-                dscores = torch.bmm(dout_g[head], v_g[head].mT, out=attention)
-                dscores = torch.ops.aten.silu_backward(dscores, scores).tril_()
-                torch.bmm(dscores, k_g[head], out=dq_g[head])
-                torch.bmm(dscores.mT, q_g[head], out=dk_g[head])
-                dbias = dscores if dbias is None else dbias.add_(dscores)
-            for grad, padded in ((dq, dq_g), (dk, dk_g), (dv, dv_g)):
-                group.unpad_into(grad, padded)
-            assert dbias is not None
-            if dpos is not None:
-                dpos[: group.length] += _diagonal_sums(dbias.sum(0))
-            if dtime is not None:
-                dtime += torch.bincount(group.buckets, dbias.view(-1), NUM_TIME_BUCKETS)
-        return dq, dk, dv, dpos, dtime, None, None
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _scores(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    return torch.bmm(q, k.mT) if bias is None else torch.baddbmm(bias, q, k.mT)
+@torch.library.custom_op("retrieval::hstu_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    offsets: Tensor,
+    timestamps: Tensor,
+    query_times: Tensor,
+    num_targets: Tensor | None,
+    prepared: Tensor | None,
+    norm: float | None,
+    alpha: float,
+    window: int,
+    contextual: int,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    where, tables = (offsets, timestamps, query_times), (pos_table, time_table)
+    masks = Masks(norm=norm, alpha=alpha, window=window, contextual=contextual, num_targets=num_targets)
+    if backend == "triton":
+        from retrieval.kernels import hstu_attention_bwd_triton
+
+        grads = hstu_attention_bwd_triton.backward(dout, q, k, v, where, tables, masks, deterministic)
+    else:
+        grads = hstu_attention_cpu.backward(dout, q, k, v, where, tables, masks, prepared)
+    # An operator returns tensors only: an empty one stands for the gradient of an absent table.
+    dpos, dtime = (q.new_empty(0) if grad is None else grad for grad in grads[3:])
+    return *grads[:3], dpos, dtime
 
 
-def _biases(
-    plan: AttentionPlan, pos_table: Tensor | None, time_table: Tensor | None, like: Tensor
-) -> Iterator[tuple[_RowGroup, Tensor | None]]:
-    """Each group with its bias `[rows, N, N]`, or None where there are no tables."""
-    longest = max((group.length for group in plan.groups), default=0)
-    pos = _toeplitz(pos_table, longest) if pos_table is not None else None
-    for group in plan.groups:
-        n = group.length
-        shape = (group.rows, n, n)
-        if time_table is None:
-            yield group, None if pos is None else pos[:n, :n].expand(shape)
-            continue
-        bias = time_table.index_select(0, group.buckets).view(shape)
-        yield group, bias if pos is None else bias.add_(pos[:n, :n])
+@_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_table: Tensor | None, time_table: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    tables = [q.new_empty(0) if table is None else torch.empty_like(table) for table in (pos_table, time_table)]
+    return *grads, *tables
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, dpos, dtime = torch.ops.retrieval.hstu_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    tables = (
+        grad if table is not None else None for grad, table in zip((dpos, dtime), ctx.saved_tensors[3:5], strict=True)
+    )
+    return dq, dk, dv, *tables, *([None] * 11)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def hstu_attention(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THV: Tensor,
-    plan: AttentionPlan,
-    *,
-    pos_table: Tensor | None,
-    time_table: Tensor | None,
-    norm: float | None,
-) -> Tensor:
-    """Attention of every token to itself and the tokens before it in its row (formula above).
-
-    Args:
-        q_THD: queries `[T, H, D]`.
-        k_THD: keys `[T, H, D]`.
-        v_THV: values `[T, H, V]`.
-        plan: the batch's `plan_attention`.
-        pos_table: bias of distance i − j, `[P]` with P ≥ the longest row, shared by heads; None for no such bias.
-        time_table: bias of time bucket, `[129]`, shared by heads; None for no such bias.
-        norm: the constant c; None divides by the number of visible keys.
-
-    Returns:
-        `[T, H, V]`.
-
-    Raises:
-        ValueError: shapes do not fit each other.
-    """
-    _check_shapes(q_THD, k_THD, v_THV, plan, pos_table, time_table)
-    out: Tensor = _HSTUAttention.apply(q_THD, k_THD, v_THV, pos_table, time_table, plan, norm)
-    return out
-
-
-def hstu_attention_reference(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THV: Tensor,
@@ -248,31 +194,114 @@ def hstu_attention_reference(
     pos_table: Tensor | None,
     time_table: Tensor | None,
     norm: float | None,
+    alpha: float = 1.0,
+    window: int | None = None,
+    contextual: int = 0,
+    num_targets: Tensor | None = None,
+    prepared: Tensor | None = None,
+    max_length: int | None = None,
+    deterministic: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """As `hstu_attention`, row by row in plain differentiable torch; any floating dtype."""
-    outs = []
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (q_THD, k_THD, v_THV))
-        scores = q @ k.mT
-        if pos_table is not None:
-            scores = scores + _toeplitz(pos_table, end - start)
-        if time_table is not None:
-            delta = query_times[start:end].unsqueeze(1) - timestamps[start:end]
-            scores = scores + time_table[time_bucket_reference(delta).long()]
-        attention = functional.silu(scores).tril() * _row_scale(end - start, norm, v_THV)
-        outs.append((attention @ v).transpose(0, 1))
-    return torch.cat(outs)
+    """Attention within each row of a jagged batch (formula and masks: see the module).
+
+    Args:
+        q_THD: queries `[T, H, D]`, float32, bfloat16 or float16; sums are float32. (float64 but for "triton".)
+        k_THD: keys `[T, H, D]`.
+        v_THV: values `[T, H, V]`.
+        offsets: row b holds tokens `offsets[b]:offsets[b + 1]`, int64 `[B + 1]`, on the CPU or beside the rest.
+        timestamps: time of each token in seconds, int64 `[T]`, in any order (sorted within a row is fastest).
+        query_times: time at which the item after each token is asked for, in seconds, int64 `[T]`.
+        pos_table: bias of distance in positions, `[P]` with P ≥ the longest row, shared by heads; None for none.
+        time_table: bias of time bucket, `[129]`, shared by heads; None for no such bias.
+        norm: the constant c; None divides by the number of visible keys.
+        alpha: α, factor of q·k.
+        window: tokens that a token sees, itself included; None for all.
+        contextual: length of the contextual prefix of every row.
+        num_targets: targets at the end of each row, int64 `[B]`, each at most the row's length; None for none.
+        prepared: `plan_attention(...).prepared`, spares the CPU backend the time buckets.
+        max_length: length of the longest row if known, to check `pos_table` where `offsets` are on a GPU.
+        deterministic: the gradients' bits are the same on every run. False lets "triton" add up the gradient of q
+            with atomics, in one pass less over the scores and in no fixed order. Other backends always are.
+        backend: implementation; see `kernels.backend`.
+
+    Returns:
+        `[T, H, V]` in the dtype of `v_THV`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+        ConfigError: the backend cannot run here.
+    """
+    _check(q_THD, k_THD, v_THV, (offsets, timestamps, query_times), pos_table, time_table, num_targets)
+    if (window is not None and window < 1) or contextual < 0 or (norm is not None and norm <= 0):
+        raise ValueError(f"hstu_attention: window {window}, contextual {contextual}, norm {norm}: out of range")
+    if pos_table is not None and max_length is not None and len(pos_table) < max_length:
+        raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is too short for a row of {max_length}")
+    chosen = resolve_backend(backend, q_THD.device)
+    if chosen == "reference":
+        return hstu_attention_reference(
+            q_THD,
+            k_THD,
+            v_THV,
+            offsets,
+            timestamps,
+            query_times,
+            pos_table=pos_table,
+            time_table=time_table,
+            norm=norm,
+            alpha=alpha,
+            window=window,
+            contextual=contextual,
+            num_targets=num_targets,
+        )
+    if chosen == "triton":
+        offsets = offsets.to(q_THD.device)
+        num_targets = None if num_targets is None else num_targets.to(q_THD.device)
+    out: Tensor = _forward(
+        q_THD,
+        k_THD,
+        v_THV,
+        pos_table,
+        time_table,
+        offsets,
+        timestamps,
+        query_times,
+        num_targets,
+        prepared,
+        norm,
+        alpha,
+        UNBOUNDED if window is None else min(window, UNBOUNDED),
+        contextual,
+        deterministic,
+        chosen,
+    )
+    return out
 
 
-def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, pos_table: Tensor | None, time_table: Tensor | None
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: tuple[Tensor, Tensor, Tensor],
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    num_targets: Tensor | None,
 ) -> None:
-    tokens = int(plan.offsets[-1])
-    if q.ndim != 3 or q.shape != k.shape or v.ndim != 3 or v.shape[:2] != q.shape[:2] or len(q) != tokens:
+    offsets, *times = where
+    if q.ndim != 3 or q.shape != k.shape or v.ndim != 3 or v.shape[:2] != q.shape[:2]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"hstu_attention: {shapes} do not fit each other and {tokens} tokens")
-    longest = max((group.length for group in plan.groups), default=0)
-    if pos_table is not None and (pos_table.ndim != 1 or len(pos_table) < longest):
-        raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is too short for a row of {longest}")
+        raise ValueError(f"hstu_attention: {shapes} do not fit each other")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"hstu_attention: q {q.dtype}, k {k.dtype}, v {v.dtype} are not one floating dtype")
+    if any(t.shape != q.shape[:1] or t.dtype != torch.int64 for t in times):
+        raise ValueError(f"hstu_attention: timestamps and query_times are not int64 of {len(q)} tokens")
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int64:
+        raise ValueError(f"hstu_attention: offsets {offsets.dtype} {tuple(offsets.shape)} are not int64 [B + 1]")
+    if not torch.compiler.is_compiling() and offsets.device.type == "cpu" and int(offsets[-1]) != len(q):
+        raise ValueError(f"hstu_attention: {len(q)} tokens do not fit offsets that end at {int(offsets[-1])}")
+    if num_targets is not None and (num_targets.shape != (len(offsets) - 1,) or num_targets.dtype != torch.int64):
+        raise ValueError(f"hstu_attention: num_targets {tuple(num_targets.shape)} is not int64 of {len(offsets) - 1}")
+    if pos_table is not None and (pos_table.ndim != 1 or len(pos_table) == 0):
+        raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is not [P] with P ≥ 1")
     if time_table is not None and time_table.shape != (NUM_TIME_BUCKETS,):
         raise ValueError(f"hstu_attention: time_table {tuple(time_table.shape)} is not ({NUM_TIME_BUCKETS},)")

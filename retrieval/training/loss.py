@@ -1,10 +1,9 @@
-"""Sampled softmax over cosine similarities (the loss of arXiv 2402.17152's public tables)."""
+"""Sampled and full softmax over cosine similarities (the loss of arXiv 2402.17152's public tables)."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from retrieval.encoder.model import normalize
+from retrieval.kernels.softmax_loss import softmax_loss
 
 __all__ = ["sampled_softmax_loss", "uniform_negatives"]
 
@@ -12,8 +11,8 @@ __all__ = ["sampled_softmax_loss", "uniform_negatives"]
 def uniform_negatives(num_items: int, count: int, generator: torch.Generator) -> Tensor:
     """Rows to contrast with, shared by a whole batch: int64 `[R]`.
 
-    Uniform with replacement; the whole catalogue where it is no larger than `count`, which makes the loss the
-    full softmax.
+    Uniform with replacement; the whole catalogue, in order, where it is no larger than `count`, which makes the loss
+    the full softmax.
     """
     if num_items <= count:
         return torch.arange(num_items)
@@ -21,7 +20,7 @@ def uniform_negatives(num_items: int, count: int, generator: torch.Generator) ->
 
 
 def sampled_softmax_loss(
-    users_TD: Tensor, targets: Tensor, negatives: Tensor, item_table: Tensor, temperature: float
+    users_TD: Tensor, targets: Tensor, negatives: Tensor | None, item_table: Tensor, temperature: float
 ) -> Tensor:
     """Mean over T of −log( e^{u·e⁺/τ} / (e^{u·e⁺/τ} + Σ_r e^{u·e_r/τ}) ), item vectors e of unit length.
 
@@ -30,16 +29,14 @@ def sampled_softmax_loss(
     Args:
         users_TD: user embeddings of unit length `[T, D]`.
         targets: rows of the items that came next, int64 `[T]`.
-        negatives: rows shared by all positions, int64 `[R]`.
+        negatives: rows shared by all positions, int64 `[R]`; None, or all rows in order, for the full softmax.
         item_table: unnormalised item table `[N, D]`; gradients reach only the rows named.
         temperature: τ.
 
-    Memory is of order T × R, whatever N is.
+    Memory is of order (T + R) × D beside the table's gradient: see `kernels.softmax_loss`.
     """
-    wanted = functional.embedding(targets, item_table)
-    contrast = functional.embedding(negatives, item_table)
-    positive = (users_TD * normalize(wanted)).sum(-1, keepdim=True)
-    negative = users_TD @ normalize(contrast).T
-    negative = negative.masked_fill(targets.unsqueeze(1) == negatives, -torch.inf)
-    logits = torch.cat([positive, negative], dim=1) / temperature
-    return functional.cross_entropy(logits, targets.new_zeros(len(targets)))
+    if negatives is not None and len(negatives) == len(item_table):
+        # The whole table needs neither copies of its rows nor the search for collisions.
+        everything = torch.arange(len(item_table), device=negatives.device)
+        negatives = None if torch.equal(negatives, everything) else negatives
+    return softmax_loss(users_TD, targets, item_table, negatives, temperature=temperature).mean()

@@ -1,4 +1,4 @@
-"""Against the row-by-row float64 reference: forward and every gradient, on awkward batches."""
+"""CPU implementation and reference of HSTU attention: forward and every gradient, on awkward batches."""
 
 from typing import Any
 
@@ -8,57 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retrieval.kernels import hstu_attention as module
+from retrieval.kernels import hstu_attention_cpu as module
 from retrieval.kernels.hstu_attention import hstu_attention, hstu_attention_reference, plan_attention
+from retrieval.kernels.hstu_attention_reference import UNBOUNDED, visible, visible_counts
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
-from tests.tolerances import assert_close
+from tests.kernels.attention_problem import Problem, poison
+from tests.tolerances import assert_close, assert_close_by_rule
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised outputs hold NaN, so that an element which is never written shows."""
-    real = torch.empty_like
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty_like", poisoned)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
 
 
-class Problem:
-    """Random inputs for rows of the given lengths."""
-
-    def __init__(self, lengths: list[int], heads: int = 2, qk: int = 5, v: int = 3, seed: int = 0) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
-        total, longest = int(self.offsets[-1]), max(lengths, default=0)
-        rows = [torch.randint(0, 10**8, (n,), generator=g).sort().values for n in lengths]
-        self.timestamps = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-        self.query_times = self.timestamps + torch.randint(0, 10**6, (total,), generator=g)
-        shapes = [(total, heads, qk), (total, heads, qk), (total, heads, v), (longest + 3,), (NUM_TIME_BUCKETS,)]
-        self.leaves = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
-        self.grad_out = torch.randn(total, heads, v, generator=g, dtype=torch.float64)
-
-    def run(self, dtype: torch.dtype, *, reference: bool, norm: float | None, tables: str) -> list[Tensor]:
-        """Output and gradients of q, k, v and of the tables in use."""
-        leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in self.leaves]
-        q, k, v, pos, time = leaves
-        pos_table, time_table = pos if "p" in tables else None, time if "t" in tables else None
-        where = (self.offsets, self.timestamps, self.query_times)
-        if reference:
-            out = hstu_attention_reference(q, k, v, *where, pos_table=pos_table, time_table=time_table, norm=norm)
-        else:
-            plan = plan_attention(*where)
-            out = hstu_attention(q, k, v, plan, pos_table=pos_table, time_table=time_table, norm=norm)
-        out.backward(self.grad_out.to(dtype))
-        grads = [leaf.grad for leaf in (q, k, v, *(table for table in (pos_table, time_table) if table is not None))]
-        return [out.detach(), *(grad for grad in grads if grad is not None)]
-
-
-def check(problem: Problem, dtype: torch.dtype, norm: float | None = 7.0, tables: str = "pt") -> None:
-    expected = problem.run(torch.float64, reference=True, norm=norm, tables=tables)
-    actual = problem.run(dtype, reference=False, norm=norm, tables=tables)
+def check(problem: Problem, dtype: torch.dtype, tables: str = "pt", **options: Any) -> None:
+    expected = problem.run(torch.float64, "reference", tables=tables, **options)
+    actual = problem.run(dtype, "cpu", tables=tables, **options)
     assert len(actual) == len(expected) == 4 + len(tables)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if e.numel():
@@ -69,7 +34,7 @@ def check(problem: Problem, dtype: torch.dtype, norm: float | None = 7.0, tables
 @pytest.mark.parametrize("norm", [7.0, None], ids=["constant", "visible-keys"])
 @pytest.mark.parametrize("tables", ["pt", "p", "t", ""], ids=["both", "position", "time", "none"])
 def test_output_and_gradients_equal_the_reference(dtype: torch.dtype, norm: float | None, tables: str) -> None:
-    check(Problem([4, 0, 1, 9, 9, 2, 0]), dtype, norm, tables)
+    check(Problem([4, 0, 1, 9, 9, 2, 0]), dtype, tables, norm=norm)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +45,114 @@ def test_awkward_batches_equal_the_reference(lengths: list[int]) -> None:
 
 
 def test_work_split_into_many_steps_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module._SCORES_PER_STEP, "cpu", 300)
+    monkeypatch.setattr(module, "_SCORES_PER_STEP", 300)
+    monkeypatch.setattr(module, "_QUERIES_PER_STEP", 16)
     check(Problem([20, 3, 3, 11, 10, 0, 30, 1, 1]), torch.float64)
+    check(Problem([20, 3, 3, 11, 10, 0, 30, 1, 1], targets=True), torch.float64, window=7, contextual=2)
+
+
+@pytest.mark.parametrize("norm", [7.0, None], ids=["constant", "visible-keys"])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("contextual", [0, 1, 5, 50])
+@pytest.mark.parametrize("targets", [False, True])
+def test_every_mask_equals_the_reference(
+    norm: float | None, window: int | None, contextual: int, targets: bool
+) -> None:
+    problem = Problem([4, 0, 1, 40, 9, 33, 0], targets=targets)
+    check(problem, torch.float64, norm=norm, window=window, contextual=contextual, alpha=0.5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kept", [1 << 25, 0], ids=["kept", "computed-again"])
+def test_prepared_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch, window: int | None, kept: int) -> None:
+    monkeypatch.setattr(module, "_MOST_BUCKETS", kept)
+    problem = Problem([20, 3, 70, 0])
+    plan = plan_attention(problem.offsets, problem.timestamps, problem.query_times)
+    assert plan.prepared is not None
+    assert (len(plan.prepared) > 0) == (kept > 0)
+    with_plan = problem.run(torch.float32, "cpu", prepared=plan.prepared, window=window)
+    for a, b in zip(with_plan, problem.run(torch.float32, "cpu", window=window), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    problem = Problem([40, 3, 17])
+    exact, same, actual = (
+        problem.run(t, backend) for t, backend in ((torch.float64, "reference"), (dtype, "reference"), (dtype, "cpu"))
+    )
+    for index, results in enumerate(zip(actual, same, exact, strict=True)):
+        assert_close_by_rule(*results, "hstu_attention", "forward" if index == 0 else "backward")
+
+
+def test_masks_by_hand() -> None:
+    # Two contextual tokens, three of history, two targets; window 2.
+    place = torch.arange(7)
+    drawn = ["xxxxx..", "xxxxx..", "xxx....", "..xx...", "...xx..", "....xx.", "....x.x"]
+    expected = torch.tensor([[mark == "x" for mark in line] for line in drawn])
+    seen = visible(place.unsqueeze(1), place, torch.tensor(5), 2, 2)
+    assert torch.equal(seen, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(length=st.integers(1, 20), targets=st.integers(0, 20), window=st.integers(1, 22), contextual=st.integers(0, 22))
+def test_counts_of_visible_keys_are_those_of_the_masks(length: int, targets: int, window: int, contextual: int) -> None:
+    place, history = torch.arange(length), torch.tensor(max(0, length - targets))
+    for w in (window, UNBOUNDED):
+        seen = visible(place.unsqueeze(1), place, history, w, contextual)
+        assert torch.equal(seen.sum(1), visible_counts(place, history, w, contextual))
+
+
+def test_a_targets_output_does_not_depend_on_the_other_targets() -> None:
+    problem = Problem([12])
+    q, k, v, pos, time = problem.leaves
+    where = (problem.timestamps, problem.query_times)
+    options: dict[str, Any] = {"pos_table": pos, "time_table": time, "norm": None}
+    together = hstu_attention(q, k, v, problem.offsets, *where, num_targets=torch.tensor([4]), **options)
+    for target in range(8, 12):
+        kept = torch.tensor([*range(8), target])
+        times, asked = (x[kept] for x in where)
+        offsets = torch.tensor([0, 9])
+        one = {"num_targets": torch.tensor([1])} | options
+        alone = hstu_attention(q[kept], k[kept], v[kept], offsets, times, asked, **one)
+        torch.testing.assert_close(alone[-1], together[target])
+
+
+def _operator_arguments(problem: Problem, *, prepared: bool) -> tuple[Any, ...]:
+    leaves = [leaf.float().requires_grad_() for leaf in problem.leaves]
+    where = (problem.offsets, problem.timestamps, problem.query_times)
+    buckets = plan_attention(*where).prepared if prepared else None
+    return (*leaves, *where, problem.num_targets, buckets, 7.0, 1.0, UNBOUNDED, 0, True, "cpu")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_operator_keeps_torchs_contract(monkeypatch: pytest.MonkeyPatch, prepared: bool) -> None:
+    monkeypatch.undo()
+    problem = Problem([5, 0, 3], targets=not prepared)
+    torch.library.opcheck(torch.ops.retrieval.hstu_attention.default, _operator_arguments(problem, prepared=prepared))
+    where = (problem.offsets, problem.timestamps, problem.query_times)
+    torch.library.opcheck(torch.ops.retrieval.hstu_attention_prepare.default, where)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_graph_holds_the_operator(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.undo()
+    problem = Problem([5, 0, 3])
+    q, k, v, pos, time = (leaf.float().requires_grad_() for leaf in problem.leaves)
+
+    def f(q: Tensor, k: Tensor, v: Tensor, *where: Tensor) -> Tensor:
+        plan = plan_attention(*where)
+        attended = hstu_attention(
+            q, k, v, *plan.where, prepared=plan.prepared, pos_table=pos, time_table=time, norm=3.0
+        )
+        return attended * 2
+
+    where = (problem.offsets, problem.timestamps, problem.query_times)
+    out = torch.compile(f, fullgraph=True, backend=backend)(q, k, v, *where)
+    torch.testing.assert_close(out, f(q, k, v, *where))
+    grads = torch.autograd.grad(out.sum(), (q, k, v, pos, time))
+    for a, b in zip(grads, torch.autograd.grad(f(q, k, v, *where).sum(), (q, k, v, pos, time)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,12 +168,13 @@ def test_any_shape_equals_the_reference(lengths: list[int], heads: int, qk: int,
 
 
 def test_gradients_of_the_reference_are_those_of_its_formula() -> None:
-    problem = Problem([3, 1, 4])
+    problem = Problem([3, 1, 5], targets=True)
     where = (problem.offsets, problem.timestamps, problem.query_times)
     leaves = tuple(leaf.requires_grad_() for leaf in problem.leaves)
 
     def f(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, time: Tensor) -> Tensor:
-        return hstu_attention_reference(q, k, v, *where, pos_table=pos, time_table=time, norm=None)
+        options: dict[str, Any] = {"norm": None, "window": 3, "contextual": 2, "num_targets": problem.num_targets}
+        return hstu_attention_reference(q, k, v, *where, pos_table=pos, time_table=time, **options)
 
     assert torch.autograd.gradcheck(f, leaves)
 
@@ -113,8 +185,8 @@ def test_one_row_by_hand() -> None:
     pos = torch.tensor([0.5, 0.25])
     time = torch.zeros(NUM_TIME_BUCKETS)
     time[15], time[16], time[13] = 1.0, 2.0, 4.0  # ln 100/.301 = 15.3, ln 160/.301 = 16.9, ln 60/.301 = 13.6
-    plan = plan_attention(torch.tensor([0, 2]), torch.tensor([0, 100]), torch.tensor([100, 160]))
-    out = hstu_attention(q, k, v, plan, pos_table=pos, time_table=time, norm=4.0)
+    where = (torch.tensor([0, 2]), torch.tensor([0, 100]), torch.tensor([100, 160]))
+    out = hstu_attention(q, k, v, *where, pos_table=pos, time_table=time, norm=4.0)
 
     def silu(x: float) -> float:
         return x * float(torch.sigmoid(torch.tensor(x)))
@@ -128,7 +200,7 @@ def test_later_tokens_do_not_change_earlier_outputs() -> None:
     long, short = Problem([12], seed=3), Problem([12], seed=3)
     for leaf in long.leaves[:3]:
         leaf[8:] = 99.0
-    outputs = [p.run(torch.float64, reference=False, norm=5.0, tables="pt")[0] for p in (long, short)]
+    outputs = [p.run(torch.float64, "cpu", norm=5.0)[0] for p in (long, short)]
     torch.testing.assert_close(outputs[0][:8], outputs[1][:8])
     assert not torch.allclose(outputs[0][8:], outputs[1][8:])
 
@@ -136,16 +208,22 @@ def test_later_tokens_do_not_change_earlier_outputs() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"k": torch.zeros(5, 1, 2)}, "do not fit"),
-        ({"v": torch.zeros(4, 1, 2)}, "do not fit"),
+        ({"k_THD": torch.zeros(5, 1, 2)}, "do not fit"),
+        ({"v_THV": torch.zeros(4, 1, 2)}, "do not fit"),
+        ({"v_THV": torch.zeros(5, 1, 2, dtype=torch.float64)}, "not one floating dtype"),
+        ({"offsets": torch.tensor([0, 4])}, "do not fit offsets that end at 4"),
+        ({"offsets": torch.tensor([0, 5], dtype=torch.int32)}, "not int64"),
+        ({"timestamps": torch.zeros(5)}, "not int64"),
+        ({"num_targets": torch.zeros(2, dtype=torch.int64)}, "num_targets"),
         ({"pos_table": torch.zeros(4)}, "too short for a row of 5"),
+        ({"pos_table": torch.zeros(4), "max_length": 6}, "too short for a row of 6"),
         ({"time_table": torch.zeros(128)}, "time_table"),
+        ({"window": 0}, "out of range"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(change: dict[str, Tensor], sentence: str) -> None:
-    times = torch.arange(5)
-    arguments: dict[str, Any] = dict.fromkeys("qkv", torch.zeros(5, 1, 3))
-    arguments |= {"pos_table": None, "time_table": None} | change
-    q, k, v = (arguments.pop(name) for name in "qkv")
+def test_inputs_that_do_not_fit_are_refused(change: dict[str, Any], sentence: str) -> None:
+    arguments: dict[str, Any] = dict.fromkeys(("q_THD", "k_THD", "v_THV"), torch.zeros(5, 1, 3))
+    arguments |= {"offsets": torch.tensor([0, 5]), "timestamps": torch.arange(5), "query_times": torch.arange(5)}
+    arguments |= {"pos_table": None, "time_table": None, "norm": 1.0} | change
     with pytest.raises(ValueError, match=sentence):
-        hstu_attention(q, k, v, plan_attention(torch.tensor([0, 5]), times, times), norm=1.0, **arguments)
+        hstu_attention(**arguments)

@@ -35,3 +35,8 @@ def test_buckets_are_exact_at_every_edge_and_equal_to_bisection() -> None:
 
 def test_buckets_never_fall_as_time_passes() -> None:
     assert bool((time_bucket(torch.arange(0, 10**7, 13)).diff() >= 0).all())
+
+
+def test_the_ends_of_int64_have_a_bucket() -> None:
+    ends = torch.tensor([torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).max - 1, -torch.iinfo(torch.int64).max])
+    assert time_bucket(ends).tolist() == time_bucket_reference(ends).tolist() == [NUM_TIME_BUCKETS - 1] * 3

@@ -26,6 +26,25 @@ def test_the_loss_is_its_formula_with_collisions_left_out(negatives: list[int]) 
     assert float(loss) == pytest.approx(brute_force(users, targets, rows, table), rel=1e-12)
 
 
+def test_no_negatives_named_is_the_full_softmax() -> None:
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    users = torch.nn.functional.normalize(torch.randn(4, 3, generator=g, dtype=torch.float64), dim=1)
+    targets = torch.tensor([0, 5, 2, 2])
+    expected = brute_force(users, targets, torch.arange(6), table)
+    assert float(sampled_softmax_loss(users, targets, None, table, 0.1)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_as_many_negatives_as_items_are_still_a_sample() -> None:
+    # Not the whole catalogue, though of its size: rows that are missing must not be contrasted with.
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    users = torch.nn.functional.normalize(torch.randn(4, 3, generator=g, dtype=torch.float64), dim=1)
+    targets, rows = torch.tensor([0, 5, 2, 2]), torch.tensor([1, 1, 1, 3, 3, 0])
+    loss = sampled_softmax_loss(users, targets, rows, table, 0.1)
+    assert float(loss) == pytest.approx(brute_force(users, targets, rows, table), rel=1e-12)
+
+
 def test_gradients_reach_only_the_rows_that_were_named() -> None:
     g = torch.Generator().manual_seed(0)
     table = torch.randn(10, 3, generator=g, requires_grad=True)
