@@ -2,6 +2,7 @@
 #   make demo [DATA=events.parquet] [ARGS='--action rating …']   the whole way, ends with answers from a live server
 #   make test                                                    the tests
 #   make check                                                   lint, types and tests
+#   make gpu-check [GPU_PYTHON=python3] [ARGS=--quick]           tests and timings on a GPU; says so where there is none
 PYTHON ?= python3
 VENV ?= .venv
 # Packages beside the core: `cpu` (faiss-cpu) or `gpu` (faiss-gpu), and what tests and checks need.
@@ -39,6 +40,12 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+
+# GPU_PYTHON: a Python that has the packages already, in place of the virtual environment.
+.PHONY: gpu-check
+gpu-check: $(if $(GPU_PYTHON),,setup)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(ARGS)
 
 # The gRPC stubs are committed; a test compares them with what the proto gives.
 stubs: setup

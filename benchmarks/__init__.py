@@ -1,0 +1,1 @@
+"""Programs that check an answer, then time it."""

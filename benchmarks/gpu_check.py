@@ -1,0 +1,49 @@
+"""Tests and timings that need a GPU; without one it says so, and claims nothing.
+
+    make gpu-check                              in the project's virtual environment
+    make gpu-check GPU_PYTHON=python3           with the packages of a machine that has them
+    python3 -m benchmarks.gpu_check --quick --ops softmax_loss --no-compile
+
+The kernels' tests and all tests marked `gpu` run first; only if they pass are the kernels timed, and rows appended to
+benchmarks/results/kernels.csv. Options are those of `benchmarks.kernels`.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parent.parent
+_NOTHING_COLLECTED = 5
+
+
+def _pytest(*arguments: str) -> bool:
+    """Whether the tests pass."""
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    if importlib.util.find_spec("pytest_timeout") is None:
+        # Its option in pyproject.toml is unknown then, which is an error by default.
+        command += ["-o", "addopts=-ra --strict-markers", "-W", "ignore::pytest.PytestConfigWarning"]
+    return subprocess.run(command, cwd=_ROOT, check=False).returncode in (0, _NOTHING_COLLECTED)
+
+
+def main() -> int:
+    """Exit status: 0 where all is well, or where there is no GPU."""
+    if not torch.cuda.is_available():
+        print("gpu-check: no CUDA device here; nothing was tested, nothing was timed, nothing is claimed")
+        return 0
+    print(f"gpu-check: {torch.cuda.get_device_name()}", flush=True)
+    missing = [name for name in ("triton", "pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"gpu-check: needs {', '.join(missing)}; nothing was tested, nothing was timed", file=sys.stderr)
+        return 1
+    if not (_pytest("tests/kernels") and _pytest("tests", "-m", "gpu")):
+        print("gpu-check: tests failed; kernels that fail their tests are not timed", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", *sys.argv[1:]]
+    return subprocess.run(command, cwd=_ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
