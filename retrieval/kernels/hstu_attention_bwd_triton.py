@@ -236,15 +236,11 @@ def launch_config(kernel: Pass, qk_dim: int, v_dim: int, itemsize: int) -> Launc
     """Tile of a pass. By registers and shared memory of compiled kernels; not tuned by time."""
     width = max(padded(qk_dim), padded(v_dim))
     if itemsize == 4:
-        if width > 128:
-            return LaunchConfig(16, 16, 4, 1)
-        if kernel == "keys":
-            return LaunchConfig(32, 32, 8, 1)
-        return LaunchConfig(32, 16, 4, 1)
+        return LaunchConfig(16, 16, 4, 1) if kernel == "keys" or width > 128 else LaunchConfig(32, 16, 4, 1)
     if width <= 64:
         return LaunchConfig(32, 32, 4, 2)
     if width <= 128:
-        return LaunchConfig(32, 32, 8, 2)
+        return LaunchConfig(32, 32, 8, 2) if kernel == "keys" else LaunchConfig(32, 16, 8, 2)
     return LaunchConfig(32, 32, 8, 1)
 
 

@@ -114,7 +114,9 @@ def launch_config(qk_dim: int, v_dim: int, itemsize: int) -> LaunchConfig:
     """Tile of the forward kernel. By registers and shared memory of compiled kernels; not tuned by time."""
     width = max(padded(qk_dim), padded(v_dim))
     if itemsize == 4:
-        return LaunchConfig(32, 32, 4, 2) if width <= 128 else LaunchConfig(16, 16, 4, 1)
+        if width > 128:
+            return LaunchConfig(16, 16, 4, 1)
+        return LaunchConfig(32, 32, 4, 2) if width <= 64 else LaunchConfig(32, 16, 4, 2)
     if width <= 32:
         return LaunchConfig(64, 32, 4, 2)
     return LaunchConfig(64, 32, 8, 2) if width <= 128 else LaunchConfig(32, 32, 8, 1)

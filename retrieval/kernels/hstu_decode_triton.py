@@ -199,9 +199,10 @@ def launch_config(queries: int, d: int, v: int, itemsize: int) -> LaunchConfig:
     widest = max(block_d, block_v)
     block_m, block_n = 1, min(64, max(16, 2048 // widest))
     if queries >= _FEWEST_FOR_DOT:
-        most = 32 if itemsize < 4 and widest <= 128 else 16
+        most = 32 if itemsize < 4 and widest <= 64 else 16
         block_m, block_n = min(most, max(16, triton.next_power_of_2(queries))), 32
-    warps = 4 if widest <= 64 else 8
+    # Of eight warps, ptxas gives each thread so few registers that matrix-product tiles spill.
+    warps = 4 if widest <= 64 or block_m > 1 else 8
     return LaunchConfig(
         block_m=block_m, block_n=block_n, block_d=block_d, block_v=block_v, num_warps=warps, num_stages=2
     )
