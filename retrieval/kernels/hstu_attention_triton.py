@@ -116,7 +116,7 @@ def launch_config(qk_dim: int, v_dim: int, itemsize: int) -> LaunchConfig:
     if itemsize == 4:
         if width > 128:
             return LaunchConfig(16, 16, 4, 1)
-        return LaunchConfig(32, 32, 4, 2) if width <= 64 else LaunchConfig(32, 16, 4, 2)
+        return LaunchConfig(32, 32, 4, 2) if width <= 64 else LaunchConfig(16, 16, 4, 2)
     if width <= 32:
         return LaunchConfig(64, 32, 4, 2)
     return LaunchConfig(64, 32, 8, 2) if width <= 128 else LaunchConfig(32, 32, 8, 1)
