@@ -8,7 +8,6 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
-    "GateRefusedError",
     "InputError",
     "InvalidRequestError",
     "NoSnapshotError",
@@ -71,9 +70,3 @@ class SnapshotCorruptError(SnapshotError):
 
 class NoSnapshotError(SnapshotError):
     """The registry holds no live snapshot (yet)."""
-
-
-class GateRefusedError(RetrievalError):
-    """A gate refused to publish; the live snapshot stays."""
-
-    exit_code = 3

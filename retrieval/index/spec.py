@@ -18,11 +18,6 @@ class IndexSpec(Config):
     factory: str = "Flat"
     search: dict[str, float] = Field(default_factory=dict)
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether answers are exact by construction."""
-        return self.factory == "Flat"
-
     def __str__(self) -> str:
         parameters = ", ".join(f"{name} {value:g}" for name, value in self.search.items())
         return f"{self.factory} ({parameters})" if parameters else self.factory
