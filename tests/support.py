@@ -44,6 +44,7 @@ def write_dataset(
         items=len(item_ids),
         events=len(flat),
         actions=ACTIONS,
+        tie_order="file order",
         statistics={},
         repairs={},
         sources=(),

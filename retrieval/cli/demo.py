@@ -138,7 +138,7 @@ def _real_input(parsed: argparse.Namespace, out: Path) -> _Input:
 def _train(parsed: argparse.Namespace, dataset: "Dataset", config: "TrainConfig", run_dir: Path, device: str) -> None:
     from retrieval.data.splits import SplitInfo, split_dataset
 
-    split = split_dataset(dataset, SplitInfo(protocol="leave-one-out"))
+    split = split_dataset(dataset, SplitInfo(protocol="paper"))
     preset = parsed.preset or ("ml1m" if parsed.events else "demo")
     train_with_progress(dataset, split, encoder_config(dataset, preset), config, run_dir, device=device)
 

@@ -21,7 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "ingest",
         help="turn event logs into a dataset",
         description="Read Parquet, CSV or JSON lines (a file or a folder of them) out of core and write a dataset: "
-        "vocabulary, users, events by user and time. Equal times keep the order of the log.",
+        "vocabulary, users, events by user and time. Those of equal time keep the log's order or take that of --order.",
     )
     parser.add_argument("events", type=Path, metavar="EVENTS", help="file, or folder of files of one format")
     parser.add_argument("--out", type=Path, required=True, metavar="DATASET", help="folder to write")
@@ -42,6 +42,9 @@ def add_event_options(parser: argparse.ArgumentParser) -> None:
     columns.add_argument("--action", metavar="COLUMN", help="actions or ratings (default: `action` where there is one)")
     columns.add_argument(
         "--positive", metavar="VALUES", help="positive actions: like,purchase or, of numbers, '>=4' (default: all)"
+    )
+    columns.add_argument(
+        "--order", metavar="COLUMN", help="numbers that order events of equal time (default: their place in the log)"
     )
     columns.add_argument("--time-unit", choices=("auto", "s", "ms", "us", "iso"), help="unit of times (default: auto)")
     columns.add_argument("--columns", metavar="NAMES", help="names, by comma, for text files without a header line")
@@ -78,7 +81,7 @@ def ingest_with_progress(
     """Ingest by the options of `add_event_options`; `items` and `schema` are what holds where they say nothing."""
     from retrieval.data.ingest import EventSchema, ItemSchema, ingest
 
-    names = ("user", "item", "time", "action", "time_unit", "delimiter", "encoding")
+    names = ("user", "item", "time", "action", "order", "time_unit", "delimiter", "encoding")
     schema |= {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     if parsed.positive is not None:
         schema["positive"] = tuple(parsed.positive.split(","))
@@ -114,6 +117,7 @@ def _summary(dataset: "Dataset") -> Table:
     positive = ", ".join(action.value or "(none)" for action in info.actions if action.positive)
     rows |= {"positive actions": positive}
     rows |= {f"repaired: {name.replace('_', ' ')}": count for name, count in info.repairs.items() if count}
+    rows |= {"equal times by": info.tie_order}
     rows |= {name.replace("_", " "): value for name, value in info.statistics.items()}
     for name, value in rows.items():
         if isinstance(value, dict):

@@ -24,9 +24,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of this training run")
     parser.add_argument(
         "--protocol",
-        choices=("leave-one-out", "global-time", "all"),
-        default="leave-one-out",
-        help="which events train and which are kept for evaluation (default: leave-one-out)",
+        choices=("paper", "stable", "global-time", "all"),
+        default="paper",
+        help="which events train and which are kept for evaluation (default: paper)",
     )
     parser.add_argument("--split-time", type=int, metavar="SECONDS", help="moment of the global-time split, UTC")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")

@@ -44,6 +44,7 @@ class DatasetInfo(Config):
         format: number of the folder's format.
         users, items, events: counts; items include those that only metadata names.
         actions: meaning of each action code.
+        tie_order: what orders a user's events of equal time: "file order" or "column <name>".
         statistics: figures for people (time span, history lengths, …).
         repairs: what ingest mended, by kind, in events.
         sources: the files that were read.
@@ -55,6 +56,7 @@ class DatasetInfo(Config):
     items: int
     events: int
     actions: tuple[ActionValue, ...]
+    tie_order: str
     statistics: dict[str, Any]
     repairs: dict[str, int]
     sources: tuple[str, ...]

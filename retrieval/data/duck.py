@@ -168,8 +168,6 @@ def _sentence(text: str) -> str:
         reason = next((line for line in text.splitlines()[2:] if line.strip()), "cannot be read")
         return f"{where} cannot be read ({_first_line(reason)})"
     if found := re.search(r'Malformed JSON in file "(.+?)", at byte \d+ in line (\d+): (.+)', text):
-        if "byte order mark" in found[3]:
-            return f"{found[1]}: starts with a byte order mark; save it as UTF-8 without one"
         line = _bad_json_line(Path(found[1]), int(found[2]))
         return f"{found[1]}: line {line} is not valid JSON ({found[3].rstrip('. ')})"
     if found := re.search(r'JSON transform error in file "(.+?)", in line (\d+): (.+)', text):

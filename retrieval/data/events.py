@@ -4,6 +4,7 @@ Files become a `Source`: parts (consecutive files with the same columns) in the 
 order by name and then each file's own row order. `Source.select` gives SQL that keeps this order.
 """
 
+import codecs
 import csv
 import difflib
 import gzip
@@ -88,6 +89,7 @@ class EventSchema(Dialect):
         action: column of actions or ratings; None takes the column `action` where there is one; `""` takes none.
         positive: action values that are positive engagements, by name (`"like"`) or, for numbers, by comparison
             (`">=4"`); empty means all of them.
+        order: column of numbers that orders a user's events of equal time; None takes their order in the log.
         time_unit: unit of numeric times, or `iso` for text; `auto` goes by column type and magnitude.
         user_type, item_type: whether ids are integers or strings. `auto` keeps the type of Parquet and JSON; in
             delimited text ids are integers only if every one is written as its integer would be (no leading
@@ -99,6 +101,7 @@ class EventSchema(Dialect):
     time: str = "timestamp"
     action: str | None = None
     positive: tuple[str, ...] = ()
+    order: str | None = None
     time_unit: TimeUnit = "auto"
     user_type: IdType = "auto"
     item_type: IdType = "auto"
@@ -358,14 +361,19 @@ def _text_part(engine: Engine, file: Path, dialect: Dialect) -> Part:
     )
 
 
-def _first_line(file: Path, encoding: str) -> str:
+def _first_bytes(file: Path) -> bytes:
+    """The first line, or as much of it as may be a header."""
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as opened:
-            line = opened.readline(1 << 20)
+            return opened.readline(1 << 20)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file}: is not a whole gzip file ({error})") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _first_line(file: Path, encoding: str) -> str:
+    line = _first_bytes(file)
     try:
         return line.decode("utf-8-sig" if encoding == "utf-8" else encoding).rstrip("\r\n")
     except UnicodeDecodeError:
@@ -379,6 +387,10 @@ def _split(line: str, delimiter: str, quote: str) -> tuple[str, ...]:
 
 
 def _json_part(engine: Engine, files: tuple[Path, ...], every: bool, wanted: Sequence[str]) -> Part:
+    for file in files:
+        # DuckDB notices one only when it reads with several threads.
+        if _first_bytes(file).startswith(codecs.BOM_UTF8):
+            raise DataError(f"{file}: starts with a byte order mark; save it as UTF-8 without one")
     lines = all(".json" not in file.suffixes for file in files)
     options = f"format='{'newline_delimited' if lines else 'auto'}', hive_partitioning=false"
     many = f"union_by_name=true, maximum_sample_files={len(files)}"

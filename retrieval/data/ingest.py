@@ -3,8 +3,8 @@
     files ─ stage ─▶ DuckDB table in the log's order ─ decide ids, times, actions ─▶ codes
         ─ one sort of narrow integers by (user, time, place in the log) ─ sweep ─▶ Arrow columns
 
-The order of equal times is the log's: files by name, then rows as they stand. Times are compared as they were
-written, to the microsecond, and stored as whole seconds.
+Equal times keep the order of the log (files by name, then rows as they stand) or take that of a column named for it.
+Times are compared as they were written, to the microsecond; what is stored are whole seconds.
 """
 
 import contextlib
@@ -28,10 +28,12 @@ from retrieval.data.staging import (
     FOREIGN,
     IdColumn,
     TimeColumn,
+    check_order,
     read_actions,
     read_ids,
     read_times,
     staged_id,
+    staged_order,
     staged_text,
     staged_time,
 )
@@ -42,7 +44,6 @@ from retrieval.files import new_folder
 __all__ = ["Dialect", "EventSchema", "ItemSchema", "ingest"]
 
 _MAX_ITEMS = 2**31 - 1
-TIE_ORDER = "file order"
 
 
 def ingest(
@@ -120,6 +121,7 @@ class _Meaning:
     items: IdColumn
     times: TimeColumn
     action: str | None
+    order: str | None
     item_type: Literal["integer", "string"]
 
     @property
@@ -132,9 +134,10 @@ class _Meaning:
 
     @property
     def valid(self) -> str:
-        """SQL of the rows that become events, each with its place in the log."""
+        """SQL of the rows that become events, each with its place in the log, or by the column that orders it."""
+        place = "row_number() OVER (ORDER BY place, rowid) - 1" if self.order else "rowid"
         return (
-            f"SELECT * FROM (SELECT rowid AS ordinal, {self.fields} FROM staged) "
+            f"SELECT * FROM (SELECT {place} AS ordinal, {self.fields} FROM staged) "
             "WHERE user IS NOT NULL AND item IS NOT NULL AND micros IS NOT NULL"
         )
 
@@ -175,6 +178,7 @@ class _Ingest:
             items=len(item_ids),
             events=sweep.events,
             actions=actions,
+            tie_order=f"column {meaning.order}" if meaning.order else "file order",
             statistics=statistics,
             repairs=self.repairs,
             sources=tuple(str(path) for path in (*source.files, *(catalogue.source.files if catalogue else ()))),
@@ -186,7 +190,7 @@ class _Ingest:
     def _stage(self) -> tuple[Source, str | None]:
         """Copy the mapped columns into table `staged`, row for row in the log's order."""
         schema = self.schema
-        named = (schema.user, schema.item, schema.time, *([schema.action] if schema.action else []))
+        named = (schema.user, schema.item, schema.time, *(name for name in (schema.action, schema.order) if name))
         guess = ("action",) if schema.action is None else ()
         source = open_source(self.engine, self.sources, schema, wanted=named, optional=guess)
         action = schema.action if schema.action is not None else "action" if "action" in source.columns else None
@@ -202,6 +206,8 @@ class _Ingest:
             expressions["action"] = staged_text(action, kind)
         elif schema.positive:
             raise DataError(f"{self.sources}: positive values are named, but the log has no action column")
+        if schema.order:
+            expressions |= staged_order("place", schema.order, source.kind(schema.order, "places in an order"))
         self.engine.rows(f"CREATE TABLE staged AS {source.select(expressions)}", stage="read")
         if source.empty_files:
             self.repairs["empty_files"] = source.empty_files
@@ -219,6 +225,8 @@ class _Ingest:
         kinds = [source.kind(name, "") for name in (schema.user, schema.item, schema.time)]
         user_ids = read_ids(engine, "staged", "user", source, schema.user, kinds[0], schema.user_type)
         item_ids = read_ids(engine, "staged", "item", source, schema.item, kinds[1], schema.item_type)
+        if schema.order:
+            check_order(engine, source, schema.order)
         self.engine.report("check", 0.5)
         times = read_times(engine, source, schema.time, kinds[2], schema.time_unit)
         catalogue = None
@@ -228,7 +236,13 @@ class _Ingest:
             item_type = _common_type(f"{source.path}: column {schema.item!r}", item_ids, catalogue)
         self.engine.report("check", 1.0)
         meaning = _Meaning(
-            source=source, users=user_ids, items=item_ids, times=times, action=action, item_type=item_type
+            source=source,
+            users=user_ids,
+            items=item_ids,
+            times=times,
+            action=action,
+            order=schema.order,
+            item_type=item_type,
         )
         return meaning, catalogue
 
@@ -330,7 +344,6 @@ class _Ingest:
             "action_counts": {action.value: count for action, count in zip(actions, counts, strict=True)},
             "positive_share": round(positive / sweep.events, 6),
             "tied_neighbours_share": round(sweep.tied / followers, 6) if followers else 0.0,
-            "tie_order": TIE_ORDER,
             "time_unit": meaning.times.unit,
             "items_without_events": int(np.count_nonzero(~sweep.met_items)),
             "user_id_type": meaning.users.type,

@@ -19,10 +19,12 @@ __all__ = [
     "FOREIGN",
     "IdColumn",
     "TimeColumn",
+    "check_order",
     "read_actions",
     "read_ids",
     "read_times",
     "staged_id",
+    "staged_order",
     "staged_text",
     "staged_time",
 ]
@@ -93,6 +95,23 @@ def staged_time(alias: str, name: str, kind: Kind) -> Expressions:
         return staged_text(name, kind)(part)
 
     return {alias: make}
+
+
+def staged_order(alias: str, name: str, kind: Kind) -> Expressions:
+    """SQL that stages the numbers which order events of equal time, as DOUBLE: null where there is none."""
+
+    def make(part: Part) -> str:
+        number = f"TRY_CAST({staged_text(name, kind)(part)} AS DOUBLE)"
+        return f"CASE WHEN isfinite({number}) THEN {number} END"
+
+    return {alias: make}
+
+
+def check_order(engine: Engine, source: Source, name: str) -> None:
+    """Raise `DataError` if a staged row has no number to be ordered by."""
+    missing = engine.rows("SELECT rowid + 1 FROM staged WHERE place IS NULL ORDER BY rowid LIMIT 1")
+    if missing:
+        raise DataError(f"{source.path}: column {name!r} has no number to order by in row {missing[0][0]:,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

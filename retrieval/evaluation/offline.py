@@ -31,6 +31,7 @@ class Report(Config):
     Attributes:
         dataset: fingerprint of the dataset.
         split: the protocol and its moment.
+        tie_order: what orders events of equal time; it decides targets.
         queries: users that were asked about.
         candidates: items ranked for each of them, their history aside.
         unseen_targets: share of the items to find that have no training event.
@@ -39,6 +40,7 @@ class Report(Config):
 
     dataset: str
     split: SplitInfo
+    tie_order: str
     queries: int
     candidates: int
     unseen_targets: float
@@ -75,21 +77,22 @@ def evaluate(
     counts = popularity(dataset, split)
     num_items = len(item_vectors)
     rankers = ["HSTU", *(["HSTU through the index"] if searcher is not None else []), "popularity"]
-    ranks = {name: np.empty(len(split.users), np.int64) for name in rankers}
-    for batch in query_batches(dataset, split, max_length):
+    ranks = {name: np.empty(len(split.test), np.int64) for name in rankers}
+    for batch in query_batches(dataset, split.test, max_length):
         users = embed(batch.histories)
         ranks["HSTU"][batch.place] = rank_by_scores(batch, num_items, _inner_products(users, item_vectors))
         ranks["popularity"][batch.place] = rank_by_scores(batch, num_items, _constant_scores(counts))
         if searcher is not None:
             ranks["HSTU through the index"][batch.place] = rank_by_search(batch, users, searcher, max(ks))
         if on_queries is not None:
-            on_queries(batch.place.stop, len(split.users))
+            on_queries(batch.place.stop, len(split.test))
     return Report(
         dataset=dataset.info.fingerprint,
         split=split.info,
-        queries=len(split.users),
+        tie_order=dataset.info.tie_order,
+        queries=len(split.test),
         candidates=num_items,
-        unseen_targets=float(np.mean(counts[dataset.events.items[split.targets]] == 0)),
+        unseen_targets=float(np.mean(counts[dataset.events.items[split.test.targets]] == 0)),
         rows=tuple(ReportRow(ranker=name, metrics=evaluate_ranks(found, ks)) for name, found in ranks.items()),
     )
 

@@ -1,7 +1,8 @@
 """Ranks of held-out items among the whole catalogue: nothing is sampled.
 
-A user's whole history is hidden from the candidates, as `exclude_seen` does in the service; the target itself never
-is. Equal scores count against the target (pessimistic), so a constant scorer ranks it last.
+A user's history is hidden from the candidates (all of it, as `exclude_seen` does in the service, or under the protocol
+`paper` what the encoder reads of it); the target itself never is. Equal scores count against the target (pessimistic),
+so a constant scorer ranks it last.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from retrieval.data.dataset import Dataset
 from retrieval.data.sequences import gather_histories
-from retrieval.data.splits import Split
+from retrieval.data.splits import Queries, Split
 from retrieval.index.searcher import Searcher
 from retrieval.types import JaggedBatch
 
@@ -26,9 +27,9 @@ class QueryBatch:
     """Some of a split's queries.
 
     Attributes:
-        place: which of the split's queries these are.
+        place: which of the queries these are.
         targets: row of the item to find, int64 `[B]`.
-        seen: rows to hide from each query: the user's history without the target.
+        seen: rows to hide from each query, never the target.
         histories: encoder input.
     """
 
@@ -38,17 +39,18 @@ class QueryBatch:
     histories: JaggedBatch
 
 
-def query_batches(dataset: Dataset, split: Split, max_length: int, size: int = 256) -> Iterator[QueryBatch]:
-    """All queries of a split, `size` at a time. The time of the target is the time of the request."""
+def query_batches(dataset: Dataset, queries: Queries, max_length: int, size: int = 256) -> Iterator[QueryBatch]:
+    """All queries, `size` at a time. The time of the target is the time of the request."""
     events = dataset.events
-    for start in range(0, len(split.users), size):
-        place = slice(start, min(start + size, len(split.users)))
-        events_at = split.targets[place]
-        begins = dataset.offsets[split.users[place]]
+    for start in range(0, len(queries), size):
+        place = slice(start, min(start + size, len(queries)))
+        events_at = queries.targets[place]
+        begins = dataset.offsets[queries.users[place]]
         targets = events.items[events_at].astype(np.int64)
+        hidden = np.maximum(begins, events_at - max_length) if queries.hide_read_only else begins
         seen = [
             np.setdiff1d(events.items[begin:end], [target]).astype(np.int64)
-            for begin, end, target in zip(begins, events_at, targets, strict=True)
+            for begin, end, target in zip(hidden, events_at, targets, strict=True)
         ]
         times = events.timestamps[events_at].astype(np.int64)
         histories = gather_histories(events, begins, events_at, times, max_length)

@@ -61,7 +61,6 @@ def test_a_small_log_becomes_exactly_these_arrays(tmp_path: Path) -> None:
         "action_counts": {"": 1, "like": 2, "view": 2},
         "positive_share": 0.4,
         "tied_neighbours_share": round(2 / 3, 6),
-        "tie_order": "file order",
         "time_unit": "s",
         "items_without_events": 1,
         "user_id_type": "integer",
@@ -101,7 +100,7 @@ def test_equal_times_keep_the_order_of_files_and_rows(tmp_path: Path) -> None:
             expected[user].append(thing)
     dataset = ingest(tmp_path / "log", tmp_path / "out")
     assert {user: [row[0] for row in rows] for user, rows in histories(dataset).items()} == expected
-    assert dataset.info.statistics["tie_order"] == "file order"
+    assert dataset.info.tie_order == "file order"
     assert dataset.info.statistics["tied_neighbours_share"] == 1.0
     assert repairs(dataset) == {}
 
@@ -341,3 +340,22 @@ def test_the_same_log_gives_the_same_fingerprint(tmp_path: Path) -> None:
     log = write(tmp_path / "log.csv", HEADER + "".join(f"{n % 9},{n % 31},{DAY + n % 50}\n" for n in range(5000)))
     one, two = (ingest(log, tmp_path / name, memory=memory) for name, memory in (("a", "2GB"), ("b", "300MB")))
     assert one.info == two.info
+
+
+def test_a_column_orders_events_of_equal_time(tmp_path: Path) -> None:
+    log = write(
+        tmp_path / "log.csv",
+        "user_id,item_id,timestamp,place\n1,10,100,3\n1,20,100,-1.5\n1,30,100,3\n1,40,50,9\n1,50,100,1e1\n",
+    )
+    dataset = ingest(log, tmp_path / "d", schema=EventSchema(order="place"))
+    names = dataset.vocabulary.ids.to_pylist()
+    assert [names[row] for row in dataset.events.items] == [40, 20, 10, 30, 50]  # 10 and 30 tie: the log's order
+    assert dataset.info.tie_order == "column place"
+    assert dataset.info.repairs["out_of_order"] == 3  # what 40's place would put before it
+
+
+@pytest.mark.parametrize("value", ["", "first", "nan"])
+def test_a_row_without_a_place_in_the_order_is_an_error(tmp_path: Path, value: str) -> None:
+    log = write(tmp_path / "log.csv", f"user_id,item_id,timestamp,place\n1,10,100,3\n1,20,100,{value}\n")
+    with pytest.raises(DataError, match="column 'place' has no number to order by in row 2"):
+        ingest(log, tmp_path / "d", schema=EventSchema(order="place"))

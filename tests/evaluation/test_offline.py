@@ -30,8 +30,8 @@ HISTORIES: list[list[Event]] = [
 
 def test_ranks_of_a_hand_computed_table(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", HISTORIES, range(6))
-    split = split_dataset(dataset, SplitInfo(protocol="leave-one-out"))
-    (batch,) = query_batches(dataset, split, max_length=10)
+    split = split_dataset(dataset, SplitInfo(protocol="paper"))
+    (batch,) = query_batches(dataset, split.test, max_length=10)
     assert [rows.tolist() for rows in batch.seen] == [[0, 1], [2], [5]]
     scores = np.array(
         [
@@ -44,9 +44,17 @@ def test_ranks_of_a_hand_computed_table(tmp_path: Path) -> None:
     assert rank_by_scores(batch, 6, lambda part: scores[part].copy()).tolist() == [2, 3, 1]
 
 
+def test_paper_hides_only_what_the_encoder_reads(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", [*HISTORIES, [(0, 1, t) for t in range(4)]], range(6))
+    for protocol, hidden in (("paper", [[1], [2], [5], []]), ("stable", [[0, 1], [2], [5], []])):
+        split = split_dataset(dataset, SplitInfo.parse({"protocol": protocol}, "test"))
+        (batch,) = query_batches(dataset, split.test, max_length=1)
+        assert [rows.tolist() for rows in batch.seen] == hidden
+
+
 def test_popularity_counts_training_events_only(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", HISTORIES, range(6))
-    split = split_dataset(dataset, SplitInfo(protocol="leave-one-out"))
+    split = split_dataset(dataset, SplitInfo(protocol="paper"))
     assert popularity(dataset, split).tolist() == [1, 1, 2, 0, 1, 1]
 
 
@@ -62,7 +70,7 @@ def oracle(batch: JaggedBatch) -> NDArray[np.float32]:
 
 
 def test_an_oracle_is_found_perfect_exactly_and_through_an_index(world: Dataset) -> None:
-    split = split_dataset(world, SplitInfo(protocol="leave-one-out"))
+    split = split_dataset(world, SplitInfo(protocol="paper"))
     items = np.eye(100, dtype=np.float32)
     searcher = Searcher(build_index(items, IndexSpec()), items, np.arange(100))
     report = evaluate(world, split, oracle, items, 50, searcher=searcher, ks=(1, 10))
@@ -82,7 +90,7 @@ def test_a_random_model_finds_k_of_n(world: Dataset) -> None:
     def guess(batch: JaggedBatch) -> NDArray[np.float32]:
         return rng.normal(size=(len(batch), 32)).astype(np.float32)
 
-    split = split_dataset(world, SplitInfo(protocol="leave-one-out"))
+    split = split_dataset(world, SplitInfo(protocol="paper"))
     report = evaluate(world, split, guess, item_vectors(encoder), 50, ks=(10, 50))
     for k in (10, 50):
         expected = k / 95
@@ -95,7 +103,7 @@ def test_through_an_exact_index_ranks_equal_exact_ranks(world: Dataset) -> None:
     encoder = HSTUEncoder(HSTUConfig(num_items=100, max_length=50, width=32)).eval()
     vectors = item_vectors(encoder)
     searcher = Searcher(build_index(vectors, IndexSpec()), vectors, np.arange(100))
-    split = split_dataset(world, SplitInfo(protocol="leave-one-out"))
+    split = split_dataset(world, SplitInfo(protocol="paper"))
     report = evaluate(world, split, partial(embed_users, encoder), vectors, 50, searcher=searcher, ks=(10, 50))
     exact, indexed = report.row("HSTU").metrics, report.row("HSTU through the index").metrics
     for metric in ("recall@10", "recall@50", "ndcg@50"):
@@ -115,7 +123,7 @@ def test_recall_of_an_index_counts_what_it_misses() -> None:
 
 
 def test_a_plot_is_a_picture(world: Dataset, tmp_path: Path) -> None:
-    split = split_dataset(world, SplitInfo(protocol="leave-one-out"))
+    split = split_dataset(world, SplitInfo(protocol="paper"))
     report = evaluate(world, split, oracle, np.eye(100, dtype=np.float32), 50, ks=(1, 10))
     plot_recall(report, tmp_path / "plot.png", title="test", ks=(1, 10), possible={1: 1.0, 10: 1.0})
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -56,11 +56,11 @@ def test_the_server_embeds_a_history_as_training_code_does(world: World, client:
 
 def test_the_server_embeds_a_history_as_evaluation_does(world: World, client: RetrievalClient) -> None:
     dataset = world.dataset
-    split = split_dataset(dataset, SplitInfo(protocol="leave-one-out"))
-    (batch,) = query_batches(dataset, split, MAX_LENGTH)
+    split = split_dataset(dataset, SplitInfo(protocol="paper"))
+    (batch,) = query_batches(dataset, split.test, MAX_LENGTH)
     evaluated = torch.from_numpy(embed_users(world.encoder, batch.histories))
     assert len(evaluated) > USERS / 2
-    for user, target, expected in zip(split.users.tolist(), split.targets.tolist(), evaluated, strict=True):
+    for user, target, expected in zip(split.test.users.tolist(), split.test.targets.tolist(), evaluated, strict=True):
         history, end = world.history(user), target - int(dataset.offsets[user])
         embedded = client.embed_users([part(history, 0, end)], request_time=history.timestamps[end])
         assert_close(torch.tensor(embedded.values), expected, "embedding", "forward")

@@ -31,7 +31,7 @@ CONFIG = TrainConfig(epochs=3, batch_size=16, num_negatives=16, learning_rate=0.
 @pytest.fixture
 def data(tmp_path: Path) -> tuple[Dataset, Split]:
     dataset = write_dataset(tmp_path / "data", cyclic_histories(users=60, items=20, length=10), range(20))
-    return dataset, split_dataset(dataset, SplitInfo(protocol="leave-one-out"))
+    return dataset, split_dataset(dataset, SplitInfo(protocol="paper"))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def test_a_run_killed_by_the_kernel_resumes_to_the_same_bits(data: tuple[Dataset
         from retrieval.training import trainer
         trainer._STATE_SECONDS = 0.0
         dataset = Dataset(Path({str(data[0].path)!r}))
-        split = split_dataset(dataset, SplitInfo(protocol="leave-one-out"))
+        split = split_dataset(dataset, SplitInfo(protocol="paper"))
         encoder = HSTUConfig.model_validate_json({ENCODER.model_dump_json()!r})
         config = trainer.TrainConfig.model_validate_json({CONFIG.model_dump_json()!r})
         run = Path({str(tmp_path / "killed")!r})
