@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "FilterError",
     "InputError",
     "InvalidRequestError",
     "NoSnapshotError",
@@ -15,6 +16,7 @@ __all__ = [
     "SnapshotCorruptError",
     "SnapshotError",
     "TrainingError",
+    "TrainingStoppedError",
     "UnknownUserError",
 ]
 
@@ -45,6 +47,18 @@ class CheckpointError(InputError):
 
 class TrainingError(RetrievalError):
     """Training cannot go on; the last good checkpoint stays."""
+
+
+class TrainingStoppedError(RetrievalError):
+    """A signal ended training in good order; it can be resumed. The exit code is a shell's, 128 + the signal."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
+class FilterError(InputError):
+    """A filter cannot be read, or cannot be asked of the catalogue's attributes."""
 
 
 class InvalidRequestError(InputError):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["fsync_folder", "new_folder", "sha256_of", "write_atomically"]
+__all__ = ["fsync_folder", "new_folder", "remove_temporary_files", "replacing", "sha256_of", "write_atomically"]
 
 _TEMPORARY = ".tmp-"
 
@@ -33,18 +33,35 @@ def _fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader, or a machine after a crash, sees the old bytes or the new ones."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path` to write, which replaces it, fsynced, when the block ends well.
+
+    A reader, or a machine after a crash, sees the old bytes or the new ones.
+    """
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        # Some libraries create files that only their owner may read.
+        temporary.chmod(0o644)
+        _fsync_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what a process that was killed inside `replacing` left in a folder to which nobody else writes."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_file():
+            path.unlink()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager

@@ -5,11 +5,12 @@ N items of the catalogue, D embedding width, K answers per query.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EventColumns", "JaggedBatch", "SearchResult"]
+__all__ = ["Answers", "EventColumns", "JaggedBatch", "Plan", "SearchResult"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,18 @@ class JaggedBatch:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __getitem__(self, rows: slice) -> "JaggedBatch":
+        """The histories of consecutive users, without a copy."""
+        starts, ends = self.offsets[:-1][rows], self.offsets[1:][rows]
+        part = slice(int(starts[0]), int(ends[-1])) if len(starts) else slice(0, 0)
+        return JaggedBatch(
+            offsets=np.concatenate([starts[:1], ends]) - part.start if len(starts) else np.zeros(1, np.int64),
+            items=self.items[part],
+            actions=self.actions[part],
+            timestamps=self.timestamps[part],
+            query_times=self.query_times[part],
+        )
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per row, int64 `[B]`."""
@@ -66,3 +79,31 @@ class SearchResult:
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
+
+
+class Plan(IntEnum):
+    """How a query was answered.
+
+    Attributes:
+        INDEX: the index was asked for more than wanted, and what is not eligible was dropped.
+        SELECTOR: the index looked at eligible items only.
+        SCAN: every eligible item was scored; exact whatever the index.
+    """
+
+    INDEX = 0
+    SELECTOR = 1
+    SCAN = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers(SearchResult):
+    """Answers of a search among eligible items, and how they were found.
+
+    Attributes:
+        plans: the `Plan` that answered each query, int8 `[B]`.
+        eligible: how many items each query could have been answered with, int64 `[B]`; a query that wanted k falls
+            short by k − eligible where that is positive, and never otherwise.
+    """
+
+    plans: NDArray[np.int8]
+    eligible: NDArray[np.int64]

@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "training": ("data", "kernels", "encoder"),
     "index": (),
     "evaluation": ("data", "index"),
-    "snapshot": ("index", "encoder.checkpoint", "encoder.inference", "encoder.model", "data.vocabulary"),
+    "snapshot": ("index", "encoder.checkpoint", "encoder.inference", "encoder.protocol", "data.vocabulary"),
     "histories": ("data",),
     "jobs": ("data", "kernels", "encoder", "training", "index", "evaluation", "snapshot", "histories"),
     "rpc": (

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from retrieval.histories.store import StoredHistory
     from retrieval.index.spec import IndexSpec
     from retrieval.rpc.client import Retrieved
-    from retrieval.training.trainer import TrainConfig
+    from retrieval.training.config import TrainConfig
 
 __all__ = ["add_parser"]
 

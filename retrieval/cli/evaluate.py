@@ -55,6 +55,7 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec") -> "Repor
     from retrieval.data.splits import SplitInfo, split_dataset
     from retrieval.encoder.inference import embed_users, item_vectors
     from retrieval.evaluation.offline import evaluate
+    from retrieval.index.backend import FaissBackend
     from retrieval.index.builder import build_index
     from retrieval.index.searcher import Searcher
     from retrieval.jobs.publish import load_trained
@@ -65,7 +66,7 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec") -> "Repor
         raise InputError(f"{run_dir}: was trained on every event, so none is left to evaluate on")
     split = split_dataset(dataset, split_info)
     vectors = item_vectors(encoder)
-    searcher = Searcher(build_index(vectors, spec), vectors, dataset.vocabulary.rank_by_id)
+    searcher = Searcher(FaissBackend(build_index(vectors, spec), vectors, spec), dataset.vocabulary.rank_by_id)
     with progress("evaluate") as update:
         return evaluate(
             dataset,

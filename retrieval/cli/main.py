@@ -1,6 +1,6 @@
 """Entry point of `retrieval`: parses arguments, runs a command, turns errors into one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or input.
+Exit codes: 0 done, 1 failed, 2 bad usage or input, 128 + n stopped by signal n.
 """
 
 import argparse

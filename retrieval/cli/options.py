@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrieval.encoder.presets import PRESETS
 from retrieval.errors import InputError
 
 if TYPE_CHECKING:
     from retrieval.index.spec import IndexSpec
-    from retrieval.training.trainer import TrainConfig
+    from retrieval.training.config import TrainConfig
 
 __all__ = [
     "add_device_option",
@@ -86,12 +87,48 @@ def index_spec(parsed: argparse.Namespace) -> "IndexSpec":
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the encoder's preset and the hyperparameters that people change."""
     # Defaults live in TrainConfig alone: an option that is not given is not passed on.
-    parser.add_argument("--preset", choices=("demo", "ml1m", "large-ml1m"), help="shape of the encoder (default: ml1m)")
-    parser.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
-    parser.add_argument("--batch-size", type=int, help="users per step (default: 128)")
-    parser.add_argument("--learning-rate", type=float, help="of AdamW (default: 0.001)")
-    parser.add_argument("--num-negatives", type=int, help="items that a step contrasts with (default: 512)")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--preset", choices=tuple(PRESETS), help="the encoder and its shape (default: ml1m)")
+    group.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
+    group.add_argument("--batch-size", type=int, help="users per step (default: 128)")
+    group.add_argument("--learning-rate", type=float, help="highest rate of AdamW (default: 0.001)")
+    group.add_argument(
+        "--schedule", choices=("constant", "cosine", "linear"), help="how the rate goes on (default: constant)"
+    )
+    group.add_argument("--warmup-steps", type=int, help="steps over which the rate rises from 0 (default: 0)")
+    group.add_argument("--weight-decay", type=float, help="of AdamW (default: 0)")
+    group.add_argument("--clip-norm", type=float, help="longest gradient of a step (default: any)")
+    group.add_argument(
+        "--negatives",
+        choices=("full", "uniform", "popularity", "in-batch", "mixed"),
+        help="items to contrast with: all, or how they are drawn (default: uniform)",
+    )
+    group.add_argument("--num-negatives", type=int, help="items that a step contrasts with (default: 512)")
+    group.add_argument(
+        "--shared-negatives",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether a step's positions share their negatives or draw their own (default: shared)",
+    )
+    group.add_argument(
+        "--log-q", choices=("none", "standard", "corrected"), help="correction for how they are drawn (default: none)"
+    )
+    group.add_argument("--temperature", type=float, help="of the softmax (default: 0.05)")
+    group.add_argument(
+        "--stochastic-length", type=float, metavar="ALPHA", help="thin long histories at random, 1 < ALPHA <= 2"
+    )
+    group.add_argument("--mask-share", type=float, help="of tokens that BERT4Rec has to fill in (default: 0.2)")
+    group.add_argument(
+        "--sparse-items",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="update only the rows of the item table that a step names (default: above 100,000 items)",
+    )
+    group.add_argument("--precision", choices=("float32", "bfloat16"), help="of products (default: float32)")
+    group.add_argument("--ema-decay", type=float, help="keep a running mean of the weights, for instance 0.999")
+    group.add_argument("--validate-every", type=int, metavar="EPOCHS", help="where there is validation (default: 1)")
+    group.add_argument("--patience", type=int, help="validations without a better one that end the run (default: any)")
+    group.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
 
 
 def train_config(parsed: argparse.Namespace, **defaults: float) -> "TrainConfig":
@@ -104,10 +141,9 @@ def train_config(parsed: argparse.Namespace, **defaults: float) -> "TrainConfig"
     Raises:
         ConfigError: a value is impossible.
     """
-    from retrieval.training.trainer import TrainConfig
+    from retrieval.training.config import TrainConfig
 
-    names = ("epochs", "batch_size", "learning_rate", "num_negatives", "seed")
-    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    given = {name: value for name in TrainConfig.model_fields if (value := getattr(parsed, name)) is not None}
     return TrainConfig.parse(defaults | given, "command line")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,15 @@ from retrieval.cli.options import add_device_option, add_training_options, pick_
 if TYPE_CHECKING:
     from retrieval.data.dataset import Dataset
     from retrieval.data.splits import Split
-    from retrieval.encoder.config import HSTUConfig
-    from retrieval.training.trainer import TrainConfig
+    from retrieval.encoder.config import EncoderConfig
+    from retrieval.training.config import TrainConfig
 
 __all__ = ["add_parser", "encoder_config", "train_with_progress"]
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
-    parser = commands.add_parser("train", help="train an HSTU encoder on a dataset", description=__doc__)
+    parser = commands.add_parser("train", help="train an encoder on a dataset", description=__doc__)
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder made by `retrieval ingest`")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of this training run")
     parser.add_argument(
@@ -49,9 +50,9 @@ def run(parsed: argparse.Namespace) -> None:
     say(f"encoder in {parsed.out}; watch the loss with: tensorboard --logdir {parsed.out / 'tensorboard'}")
 
 
-def encoder_config(dataset: "Dataset", preset: str) -> "HSTUConfig":
+def encoder_config(dataset: "Dataset", preset: str) -> "EncoderConfig":
     """A preset's encoder for a dataset; it reads actions if the dataset has any."""
-    from retrieval.encoder.config import PRESETS
+    from retrieval.encoder.presets import PRESETS
 
     actions = len(dataset.info.actions)
     return PRESETS[preset](num_items=len(dataset.vocabulary), num_actions=actions if actions > 1 else 0)
@@ -60,16 +61,27 @@ def encoder_config(dataset: "Dataset", preset: str) -> "HSTUConfig":
 def train_with_progress(
     dataset: "Dataset",
     split: "Split",
-    encoder: "HSTUConfig",
+    encoder: "EncoderConfig",
     config: "TrainConfig",
     out: Path,
     *,
     resume: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Train with a bar that shows loss (a running mean), speed and time left."""
+    """Train with a bar that shows loss (a running mean), speed and time left.
+
+    Where the split holds queries out for validation, the encoder of the best NDCG@10 on them is kept, else the last.
+    """
+    from retrieval.encoder.inference import embed_users, item_vectors
+    from retrieval.encoder.protocol import UserEncoder
+    from retrieval.evaluation.offline import mean_ndcg
     from retrieval.training.trainer import StepReport, train
 
+    def ndcg(trained: UserEncoder) -> float:
+        embed = partial(embed_users, trained)
+        return mean_ndcg(dataset, split.validation, embed, item_vectors(trained), trained.config.max_length)
+
+    validate = ndcg if len(split.validation) else None
     tokens, smooth, started = 0, 0.0, time.monotonic()
     with progress("train") as update:
 
@@ -78,6 +90,17 @@ def train_with_progress(
             tokens += report.tokens
             smooth = report.loss if smooth == 0.0 else 0.98 * smooth + 0.02 * report.loss
             speed = tokens / (time.monotonic() - started)
-            update(report.step, report.steps, f"loss {smooth:.3f}  {speed:,.0f} tokens/s")
+            judged = "" if report.validation is None else f"  validation {report.validation:.4f}"
+            update(report.step, report.steps, f"loss {smooth:.3f}  {speed:,.0f} tokens/s{judged}")
 
-        train(dataset, split, encoder, config, out, resume=resume, device=device, on_step=on_step)
+        train(
+            dataset,
+            split,
+            encoder,
+            config,
+            out,
+            validate=validate,
+            resume=resume,
+            device=device,
+            on_step=on_step,
+        )

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from retrieval.config import Config
-from retrieval.encoder.config import HSTUConfig
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.build import build_encoder
+from retrieval.encoder.config import EncoderConfig
+from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError
-from retrieval.files import sha256_of, write_atomically
+from retrieval.files import replacing, sha256_of, write_atomically
 
 __all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "save_checkpoint"]
 
@@ -36,7 +37,7 @@ class CheckpointInfo(Config):
     """
 
     format: int = CHECKPOINT_FORMAT
-    encoder: HSTUConfig
+    encoder: EncoderConfig
     actions: tuple[str, ...]
     dataset: str
     split: dict[str, Any]
@@ -44,15 +45,16 @@ class CheckpointInfo(Config):
     weights_sha256: str = ""
 
 
-def save_checkpoint(folder: Path, encoder: HSTUEncoder, info: CheckpointInfo) -> None:
+def save_checkpoint(folder: Path, encoder: UserEncoder, info: CheckpointInfo) -> None:
     """Write both files; a crash between them leaves a pair that `load_checkpoint` refuses, never a mixed one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    write_atomically(folder / _WEIGHTS, save(tensors))
+    with replacing(folder / _WEIGHTS) as temporary:
+        save_file(tensors, temporary)
     bound = info.model_copy(update={"weights_sha256": sha256_of(folder / _WEIGHTS)})
     write_atomically(folder / _JSON, bound.model_dump_json(indent=2).encode())
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[HSTUEncoder, CheckpointInfo]:
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[UserEncoder, CheckpointInfo]:
     """Read an encoder, in evaluation mode.
 
     Raises:
@@ -66,7 +68,7 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[H
         raise CheckpointError(f"{weights}: is missing")
     if sha256_of(weights) != info.weights_sha256:
         raise CheckpointError(f"{weights}: is not the file that {_JSON} was written with")
-    encoder = HSTUEncoder(info.encoder)
+    encoder = build_encoder(info.encoder)
     try:
         encoder.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:

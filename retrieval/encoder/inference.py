@@ -5,14 +5,14 @@ import torch
 from numpy.typing import NDArray
 
 from retrieval.encoder.batch import JaggedTensors
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.protocol import UserEncoder
 from retrieval.types import JaggedBatch
 
 __all__ = ["embed_users", "item_vectors"]
 
 
 @torch.inference_mode()
-def embed_users(encoder: HSTUEncoder, batch: JaggedBatch) -> NDArray[np.float32]:
+def embed_users(encoder: UserEncoder, batch: JaggedBatch) -> NDArray[np.float32]:
     """Embedding of each user at the request's time, unit length, float32 `[B, D]`.
 
     Rows must not be empty nor longer than the encoder's `max_length`; `data.sequences` makes them so. A user's
@@ -26,7 +26,7 @@ def embed_users(encoder: HSTUEncoder, batch: JaggedBatch) -> NDArray[np.float32]
 
 
 @torch.inference_mode()
-def item_vectors(encoder: HSTUEncoder) -> NDArray[np.float32]:
+def item_vectors(encoder: UserEncoder) -> NDArray[np.float32]:
     """Embedding of every item in row order, unit length, float32 `[N, D]`."""
     vectors: NDArray[np.float32] = encoder.item_vectors().float().cpu().numpy()
     return vectors

@@ -1,19 +1,21 @@
 """Offline evaluation of an encoder: exactly, through an index, and beside what popularity alone reaches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.config import Config
 from retrieval.data.dataset import Dataset
-from retrieval.data.splits import Split, SplitInfo
+from retrieval.data.splits import Queries, Split, SplitInfo, training_counts
+from retrieval.evaluation.baselines import Scorer
 from retrieval.evaluation.metrics import Estimate, evaluate_ranks
-from retrieval.evaluation.ranking import popularity, query_batches, rank_by_scores, rank_by_search
+from retrieval.evaluation.ranking import query_batches, rank_by_scores, rank_by_search
 from retrieval.index.searcher import Searcher
 from retrieval.types import JaggedBatch
 
-__all__ = ["KS", "Report", "ReportRow", "evaluate"]
+__all__ = ["KS", "Report", "ReportRow", "evaluate", "mean_ndcg"]
 
 KS = (10, 50, 200)
 
@@ -58,6 +60,8 @@ def evaluate(
     item_vectors: NDArray[np.float32],
     max_length: int,
     *,
+    name: str = "HSTU",
+    baselines: Mapping[str, Scorer] | None = None,
     searcher: Searcher | None = None,
     ks: Sequence[int] = KS,
     on_queries: Callable[[int, int], None] | None = None,
@@ -70,20 +74,25 @@ def evaluate(
         embed: histories → user embeddings `[B, D]`.
         item_vectors: item embeddings `[N, D]`, in the vocabulary's order.
         max_length: most recent events that `embed` may be given.
+        name: of the encoder, for its rows.
+        baselines: also evaluate these, by name.
         searcher: also evaluate this index.
         ks: depths of recall and NDCG.
         on_queries: called with the number of queries done and in all.
     """
-    counts = popularity(dataset, split)
+    counts = training_counts(dataset, split)
     num_items = len(item_vectors)
-    rankers = ["HSTU", *(["HSTU through the index"] if searcher is not None else []), "popularity"]
-    ranks = {name: np.empty(len(split.test), np.int64) for name in rankers}
+    scorers: dict[str, Scorer] = {"popularity": partial(_constant, counts), **(baselines or {})}
+    through = f"{name} through the index"
+    names = [name, *([through] if searcher is not None else []), *scorers]
+    ranks = {ranker: np.empty(len(split.test), np.int64) for ranker in names}
     for batch in query_batches(dataset, split.test, max_length):
         users = embed(batch.histories)
-        ranks["HSTU"][batch.place] = rank_by_scores(batch, num_items, _inner_products(users, item_vectors))
-        ranks["popularity"][batch.place] = rank_by_scores(batch, num_items, _constant_scores(counts))
+        ranks[name][batch.place] = rank_by_scores(batch, num_items, _inner_products(users, item_vectors))
         if searcher is not None:
-            ranks["HSTU through the index"][batch.place] = rank_by_search(batch, users, searcher, max(ks))
+            ranks[through][batch.place] = rank_by_search(batch, users, searcher, max(ks))
+        for ranker, score in scorers.items():
+            ranks[ranker][batch.place] = rank_by_scores(batch, num_items, _of_histories(score, batch.histories))
         if on_queries is not None:
             on_queries(batch.place.stop, len(split.test))
     return Report(
@@ -97,9 +106,30 @@ def evaluate(
     )
 
 
+def mean_ndcg(
+    dataset: Dataset,
+    queries: Queries,
+    embed: Callable[[JaggedBatch], NDArray[np.float32]],
+    item_vectors: NDArray[np.float32],
+    max_length: int,
+    *,
+    k: int = 10,
+) -> float:
+    """NDCG@k of an encoder alone, exactly ranked: what a checkpoint may be chosen by. Arguments as `evaluate`'s."""
+    total = 0.0
+    for batch in query_batches(dataset, queries, max_length):
+        ranks = rank_by_scores(batch, len(item_vectors), _inner_products(embed(batch.histories), item_vectors))
+        total += float(((ranks <= k) / np.log2(ranks + 1.0)).sum())
+    return total / len(queries)
+
+
 def _inner_products(users: NDArray[np.float32], items: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
     return lambda part: users[part] @ items.T
 
 
-def _constant_scores(scores: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
-    return lambda part: np.tile(scores, (part.stop - part.start, 1))
+def _constant(counts: NDArray[np.int64], histories: JaggedBatch) -> NDArray[np.float32]:
+    return np.tile(counts.astype(np.float32), (len(histories), 1))
+
+
+def _of_histories(score: Scorer, histories: JaggedBatch) -> Callable[[slice], NDArray[np.float32]]:
+    return lambda part: score(histories[part])

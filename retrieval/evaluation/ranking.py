@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from retrieval.data.dataset import Dataset
 from retrieval.data.sequences import gather_histories
-from retrieval.data.splits import Queries, Split
+from retrieval.data.splits import Queries
 from retrieval.index.searcher import Searcher
 from retrieval.types import JaggedBatch
 
-__all__ = ["QueryBatch", "popularity", "query_batches", "rank_by_scores", "rank_by_search"]
+__all__ = ["QueryBatch", "query_batches", "rank_by_scores", "rank_by_search"]
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -55,16 +55,6 @@ def query_batches(dataset: Dataset, queries: Queries, max_length: int, size: int
         times = events.timestamps[events_at].astype(np.int64)
         histories = gather_histories(events, begins, events_at, times, max_length)
         yield QueryBatch(place=place, targets=targets, seen=seen, histories=histories)
-
-
-def popularity(dataset: Dataset, split: Split) -> NDArray[np.float32]:
-    """Number of training events of each item, `[N]`."""
-    # +1 where a user's training events begin and −1 where they end: the running sum tells which events train.
-    steps = np.zeros(len(dataset.events.items) + 1, np.int8)
-    np.add.at(steps, dataset.offsets[:-1], 1)
-    np.add.at(steps, split.train_ends, -1)
-    trains = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
-    return np.bincount(dataset.events.items[trains], minlength=len(dataset.vocabulary)).astype(np.float32)
 
 
 def rank_by_scores(

@@ -13,9 +13,10 @@ from retrieval.data.sequences import gather_histories
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
 from retrieval.encoder.inference import embed_users, item_vectors
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError
 from retrieval.evaluation.ann import ann_recall
+from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
@@ -27,7 +28,7 @@ __all__ = ["load_trained", "publish_snapshot"]
 _RECALL_QUERIES = 1000
 
 
-def load_trained(dataset: Dataset, run_dir: Path) -> tuple[HSTUEncoder, CheckpointInfo]:
+def load_trained(dataset: Dataset, run_dir: Path) -> tuple[UserEncoder, CheckpointInfo]:
     """The encoder of a training run and what it is, checked to belong to the dataset.
 
     Raises:
@@ -39,7 +40,7 @@ def load_trained(dataset: Dataset, run_dir: Path) -> tuple[HSTUEncoder, Checkpoi
     return encoder, info
 
 
-def _current_user_embeddings(dataset: Dataset, encoder: HSTUEncoder) -> NDArray[np.float32]:
+def _current_user_embeddings(dataset: Dataset, encoder: UserEncoder) -> NDArray[np.float32]:
     """Embeddings of a fixed sample of users as they stand after all their events, `[B, D]`."""
     count = min(_RECALL_QUERIES, len(dataset))
     users = np.sort(np.random.default_rng(0).choice(len(dataset), count, replace=False))
@@ -71,7 +72,7 @@ def publish_snapshot(
     counted = Vocabulary(
         dataset.vocabulary.ids, {**dataset.vocabulary.attributes, "events": pa.array(dataset.item_counts)}
     )
-    searcher = Searcher(index, vectors, counted.rank_by_id)
+    searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
     recall = ann_recall(searcher, vectors, _current_user_embeddings(dataset, encoder))
 
     def write(folder: Path) -> bytes:

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from retrieval.encoder.inference import item_vectors
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import SnapshotCorruptError
 from retrieval.files import sha256_of
+from retrieval.index.attributes import Attributes
+from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import read_index, write_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
@@ -45,7 +47,7 @@ class Snapshot:
 
     version: str
     manifest: Manifest
-    encoder: HSTUEncoder
+    encoder: UserEncoder
     info: CheckpointInfo
     vocabulary: Vocabulary
     searcher: Searcher
@@ -55,7 +57,7 @@ class Snapshot:
 def write_snapshot(
     folder: Path,
     *,
-    encoder: HSTUEncoder,
+    encoder: UserEncoder,
     info: CheckpointInfo,
     vocabulary: Vocabulary,
     index: faiss.Index,
@@ -106,12 +108,14 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
     if "events" not in vocabulary.attributes:
         raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column 'events'")
     events = vocabulary.attributes["events"].to_numpy()
+    backend = FaissBackend(index, item_vectors(encoder), manifest.index)
+    attributes = Attributes(vocabulary.attributes, len(vocabulary))
     return Snapshot(
         version=folder.name,
         manifest=manifest,
         encoder=encoder,
         info=info,
         vocabulary=vocabulary,
-        searcher=Searcher(index, item_vectors(encoder), vocabulary.rank_by_id),
+        searcher=Searcher(backend, vocabulary.rank_by_id, attributes=attributes),
         popular=np.lexsort((vocabulary.rank_by_id, -events)),
     )

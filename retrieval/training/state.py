@@ -1,61 +1,67 @@
-"""What a training run needs to go on after a kill as if nothing had happened: one file, replaced atomically."""
+"""What a training run needs to go on after a kill as if nothing had happened: one file, replaced atomically.
+
+Random numbers need no state: every step seeds its own generators from the run's seed and the step's number.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from retrieval.errors import CheckpointError
-from retrieval.files import write_atomically
+from retrieval.files import replacing
 
 __all__ = ["load_state", "save_state"]
 
 
-def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, header: dict[str, Any]) -> None:
-    """Write weights, optimiser state and a JSON header.
+def save_state(
+    file: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], progress: Mapping[str, Any]
+) -> None:
+    """Write tensors, the settings of the run, and how far it is, as JSON can hold them.
 
-    Random numbers need no state: every step seeds its own generators from the run's seed and the step's number.
+    Tensors on the CPU are written from where they are: a table of gigabytes is not copied.
     """
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()})
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(file, save(ready, metadata={"header": json.dumps(header)}))
+    with replacing(file) as path:
+        save_file(ready, path, metadata={"settings": json.dumps(settings), "progress": json.dumps(progress)})
 
 
-def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> int:
-    """Put weights and optimiser state back; return the number of steps done.
+@torch.no_grad()
+def load_state(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what `save_state` wrote into the tensors of the same names; return the progress.
 
     Args:
         file: what `save_state` wrote.
-        model: receives the weights.
-        optimizer: receives its state.
-        expected: the header that this run would write, without `step`.
+        tensors: receive their contents, one after another.
+        settings: those of this run.
 
     Raises:
         CheckpointError: the file is damaged, or of a run with other settings; the sentence names the first.
     """
     try:
         with safe_open(file, "pt") as reader:
-            header = json.loads(reader.metadata()["header"])
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            metadata = reader.metadata()
+            found, progress = json.loads(metadata["settings"]), json.loads(metadata["progress"])
+            # As JSON gives them back: tuples are lists there.
+            _check(file, found, json.loads(json.dumps(settings)))
+            for name, tensor in tensors.items():
+                tensor.copy_(reader.get_tensor(name))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from None
-    step: int = header.pop("step")
-    for key, value in expected.items():
-        if header.get(key) != value:
-            raise CheckpointError(
-                f"{file}: was trained with {key} {header.get(key)}, not {value}; use a new run folder"
-            )
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, entry = name.split(".")
-            state.setdefault(int(index), {})[entry] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    return dict(progress)
+
+
+def _check(file: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        if found.get(key) == value:
+            continue
+        before, now = found.get(key), value
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = next(one for one in now | before if before.get(one) != now.get(one))
+            key, before, now = f"{key} {inner}", before.get(inner), now.get(inner)
+        raise CheckpointError(f"{file}: was trained with {key} {before}, not {now}; use a new run folder")

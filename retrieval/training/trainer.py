@@ -1,105 +1,88 @@
-"""Training by masked next-item prediction (arXiv 2402.17152, section 2.2, retrieval)."""
+"""Training by masked next-item prediction (arXiv 2402.17152, section 2.2, retrieval) or by cloze, and its loop."""
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
-from retrieval.config import Config
 from retrieval.data.dataset import Dataset
-from retrieval.data.sequences import TrainingBatch, gather_training
-from retrieval.data.splits import Split
-from retrieval.encoder.batch import JaggedTensors
-from retrieval.encoder.checkpoint import CheckpointInfo, save_checkpoint
-from retrieval.encoder.config import HSTUConfig
-from retrieval.encoder.model import HSTUEncoder
-from retrieval.errors import InputError, TrainingError
-from retrieval.training.loss import sampled_softmax_loss, uniform_negatives
+from retrieval.data.splits import Split, training_counts
+from retrieval.encoder.build import build_encoder
+from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from retrieval.encoder.config import EncoderConfig
+from retrieval.encoder.protocol import UserEncoder
+from retrieval.errors import ConfigError, InputError, TrainingError, TrainingStoppedError
+from retrieval.files import remove_temporary_files
+from retrieval.training.batches import Batches
+from retrieval.training.config import TrainConfig
+from retrieval.training.learner import Learner, StepOutcome
 from retrieval.training.state import load_state, save_state
+from retrieval.training.stop import stop_request
 
-__all__ = ["StepReport", "TrainConfig", "train"]
+__all__ = ["StepReport", "Validate", "train"]
+
+Validate = Callable[[UserEncoder], float]
+"""Judges an encoder in evaluation mode, on what is held out for validation; more is better."""
 
 _STATE = "training-state.safetensors"
+# The state is saved at least so many seconds after the last time, and late enough for saving to take at most so much
+# of the run.
 _STATE_SECONDS = 60.0
-
-
-class TrainConfig(Config):
-    """Hyperparameters; defaults are those of the public tables, but for negatives that a batch shares.
-
-    Attributes:
-        epochs: passes over the users.
-        batch_size: users per step.
-        learning_rate: of AdamW with betas (0.9, 0.98).
-        weight_decay: of AdamW.
-        num_negatives: items that each step contrasts with.
-        temperature: τ of the softmax.
-        seed: determines initial weights, order, negatives and dropout; on a CPU, the run bit for bit.
-    """
-
-    epochs: int = Field(default=20, ge=1)
-    batch_size: int = Field(default=128, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    num_negatives: int = Field(default=512, ge=1)
-    temperature: float = Field(default=0.05, gt=0)
-    seed: int = Field(default=0, ge=0)
+_STATE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What is known after a step; `loss` is the step's mean, `tokens` counts those of this step."""
+    """What is known after a step.
+
+    Attributes:
+        step: steps done.
+        steps: of the whole run.
+        loss: the step's mean.
+        tokens: of this step.
+        validation: what the last validation gave; None before there is one.
+    """
 
     step: int
     steps: int
     loss: float
     tokens: int
+    validation: float | None
 
 
-class _Batches:
-    """Training batches in an order that only the seed and the epoch decide."""
+@dataclass(slots=True, kw_only=True)
+class _Progress:
+    """How far a run is: steps done, the last validation, the best one, and how many have not been better since."""
 
-    def __init__(self, dataset: Dataset, split: Split, config: TrainConfig, max_length: int) -> None:
-        self.dataset, self.config, self.max_length = dataset, config, max_length
-        self.ends = split.train_ends
-        self.users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
-        self.per_epoch = math.ceil(len(self.users) / config.batch_size)
-
-    def from_step(self, first: int) -> Iterator[tuple[int, TrainingBatch]]:
-        """Number and contents of each step from `first` (counted from 0) to the last."""
-        for step in range(first, self.per_epoch * self.config.epochs):
-            epoch, place = divmod(step, self.per_epoch)
-            if step == first or place == 0:
-                order = np.random.default_rng([self.config.seed, epoch]).permutation(self.users)
-            users = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
-            yield step, self._gather(users)
-
-    def _gather(self, users: NDArray[np.int64]) -> TrainingBatch:
-        starts = self.dataset.offsets[users]
-        return gather_training(self.dataset.events, starts, self.ends[users], self.dataset.positive, self.max_length)
+    step: int = 0
+    last: float | None = None
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0
 
 
 def train(
     dataset: Dataset,
     split: Split,
-    encoder_config: HSTUConfig,
+    encoder_config: EncoderConfig,
     config: TrainConfig,
     run_dir: Path,
     *,
+    validate: Validate | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
     on_step: Callable[[StepReport], None] | None = None,
-) -> HSTUEncoder:
+) -> UserEncoder:
     """Train an encoder and write it to `run_dir`, with TensorBoard logs beside it.
 
-    A killed run that is started again with `resume` ends with the same weights as one that was never killed.
+    A run that ended early, by SIGTERM, SIGINT, a crash or a kill, and is started again with `resume` ends with the
+    same weights as one that never did.
 
     Args:
         dataset: the events.
@@ -107,78 +90,143 @@ def train(
         encoder_config: shape of the encoder.
         config: hyperparameters.
         run_dir: folder of this run.
+        validate: called after every `config.validate_every` epochs and after the last; the encoder that it likes best
+            is the one that is kept. Without it the last one is. It must not depend on anything but the encoder.
         resume: continue the run in `run_dir` if it holds one.
         device: where to train.
         on_step: called after every step.
 
     Returns:
-        The trained encoder, in evaluation mode.
+        The encoder that is kept, in evaluation mode.
 
     Raises:
         InputError: `run_dir` holds a run and `resume` is false.
+        ConfigError: hyperparameters that exclude each other, or `patience` without validation.
         CheckpointError: `run_dir` holds a run with other settings.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss, its gradient or the validation is no longer finite; what is on disk is from before.
+        TrainingStoppedError: SIGTERM or SIGINT came; the step in hand was finished and the state saved.
     """
-    state_file = run_dir / _STATE
     if not resume and any((run_dir / name).exists() for name in (_STATE, "encoder.json")):
         raise InputError(f"{run_dir}: holds a training run already; continue it with --resume or name a new folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.patience is not None and validate is None:
+        raise ConfigError("patience: there is no validation whose result could stop the run")
     torch.manual_seed(config.seed)
-    encoder = HSTUEncoder(encoder_config).to(device)
-    optimizer = torch.optim.AdamW(
-        encoder.parameters(), config.learning_rate, (0.9, 0.98), weight_decay=config.weight_decay, fused=True
-    )
-    header: dict[str, Any] = {
-        "encoder": encoder_config.model_dump(),
-        "training": config.model_dump(),
-        "dataset": dataset.info.fingerprint,
-        "split": split.info.model_dump(),
-    }
-    done = load_state(state_file, encoder, optimizer, header) if state_file.exists() else 0
-    batches = _Batches(dataset, split, config, encoder_config.max_length)
+    encoder = build_encoder(encoder_config).to(device)
+    batches = Batches(dataset, split, config, objective=encoder.objective, max_length=encoder_config.max_length)
     steps = batches.per_epoch * config.epochs
-    saved_at = time.monotonic()
-    with SummaryWriter(str(run_dir / "tensorboard"), purge_step=done) as log:
-        for step, batch in batches.from_step(done):
-            loss = _step(encoder, optimizer, batch, config, step)
-            log.add_scalar("train/loss", loss, step)
+    learner = Learner(encoder, config, training_counts(dataset, split), steps)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(run_dir)
+    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate)
+    if (run_dir / _STATE).exists():
+        run.load()
+    with SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.progress.step) as log, stop_request() as request:
+        steps_left = batches.from_step(run.progress.step)
+        while not run.has_stalled and (following := next(steps_left, None)) is not None:
+            step, batch = following
+            started = time.monotonic()
+            outcome = learner.step(batch, step)
+            _log_step(log, step, outcome, len(batch.targets) / (time.monotonic() - started))
+            run.progress.step = step + 1
+            epoch, place = divmod(step + 1, batches.per_epoch)
+            if validate is not None and place == 0 and (epoch % config.validate_every == 0 or step + 1 == steps):
+                log.add_scalar("validation", run.validate(), step)
             if on_step is not None:
-                on_step(StepReport(step=step + 1, steps=steps, loss=loss, tokens=len(batch.targets)))
-            if time.monotonic() - saved_at > _STATE_SECONDS or step + 1 == steps:
-                save_state(state_file, encoder, optimizer, header | {"step": step + 1})
-                saved_at = time.monotonic()
-    info = CheckpointInfo(
-        encoder=encoder_config,
-        actions=tuple(action.value for action in dataset.info.actions),
-        dataset=dataset.info.fingerprint,
-        split=split.info.model_dump(),
-        training=config.model_dump() | {"steps": steps},
-    )
-    save_checkpoint(run_dir, encoder, info)
-    return encoder.eval()
+                tokens, last = len(batch.targets), run.progress.last
+                on_step(StepReport(step=step + 1, steps=steps, loss=outcome.loss, tokens=tokens, validation=last))
+            ends = run.has_stalled or step + 1 == steps
+            if ends or request.signal is not None or run.save_is_due:
+                run.save()
+            if request.signal is not None and not ends:
+                name = signal.Signals(request.signal).name
+                message = f"stopped by {name} after step {step + 1} of {steps}; continue it with --resume"
+                raise TrainingStoppedError(message, request.signal)
+    return run.finish(device)
 
 
-def _step(
-    encoder: HSTUEncoder, optimizer: torch.optim.Optimizer, batch: TrainingBatch, config: TrainConfig, step: int
-) -> float:
-    """One update; every random choice in it follows from the seed and the step's number."""
-    seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    encoder.train()
-    users = encoder(JaggedTensors.of(batch.inputs, encoder.device))
-    asked = torch.from_numpy(batch.mask).to(encoder.device)
-    targets = torch.from_numpy(batch.targets).to(encoder.device)[asked]
-    negatives = uniform_negatives(encoder.config.num_items, config.num_negatives, generator).to(encoder.device)
-    if len(targets) == 0:
-        return 0.0
-    loss = sampled_softmax_loss(users[asked], targets, negatives, encoder.item_embedding.weight, config.temperature)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"step {step + 1}: the loss is {value}; the last checkpoint is kept, try a lower learning rate"
+def _log_step(log: SummaryWriter, step: int, outcome: StepOutcome, tokens_per_second: float) -> None:
+    log.add_scalar("train/loss", outcome.loss, step)
+    log.add_scalar("train/learning_rate", outcome.learning_rate, step)
+    log.add_scalar("train/gradient_norm", outcome.grad_norm, step)
+    log.add_scalar("train/tokens_per_second", tokens_per_second, step)
+
+
+class _Run:
+    """A run's folder and progress."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        encoder_config: EncoderConfig,
+        config: TrainConfig,
+        run_dir: Path,
+        learner: Learner,
+        validate: Validate | None,
+    ) -> None:
+        self.progress = _Progress()
+        self._dataset, self._split, self._encoder_config, self._config = dataset, split, encoder_config, config
+        self._run_dir, self._learner, self._validate = run_dir, learner, validate
+        self._next_save = time.monotonic() + _STATE_SECONDS
+        self._settings: dict[str, Any] = {
+            "encoder": encoder_config.model_dump(),
+            # What "auto" came to is part of what was done.
+            "training": config.model_dump() | {"sparse_items": learner.by_rows},
+            "dataset": dataset.info.fingerprint,
+            "split": split.info.model_dump(),
+            "validation": validate is not None,
+        }
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether validations have not got better for as long as patience lasts."""
+        return self._config.patience is not None and self.progress.since_best >= self._config.patience
+
+    @property
+    def save_is_due(self) -> bool:
+        return time.monotonic() >= self._next_save
+
+    def save(self) -> None:
+        started = time.monotonic()
+        save_state(self._run_dir / _STATE, self._learner.tensors(), self._settings, asdict(self.progress))
+        ended = time.monotonic()
+        self._next_save = ended + max(_STATE_SECONDS, (ended - started) / _STATE_SHARE)
+
+    def load(self) -> None:
+        self.progress = _Progress(**load_state(self._run_dir / _STATE, self._learner.tensors(), self._settings))
+
+    def validate(self) -> float:
+        """Validate, and keep the encoder if it is the best so far.
+
+        A kill between the two files of a checkpoint does no harm: the state on disk is older than it, and the resumed
+        run comes by here again.
+        """
+        assert self._validate is not None
+        encoder, progress = self._learner.best_encoder, self.progress
+        value = self._validate(encoder.eval())
+        if not math.isfinite(value):
+            raise TrainingError(f"step {progress.step}: validation gave {value}; the last checkpoint is kept")
+        progress.last = value
+        progress.since_best += 1
+        if progress.best is None or value > progress.best:
+            progress.best, progress.best_step, progress.since_best = value, progress.step, 0
+            self._save_encoder(encoder, {"validation": value})
+        return value
+
+    def finish(self, device: torch.device | str) -> UserEncoder:
+        """Write the encoder that is kept, unless validation did, and return it."""
+        if self._validate is not None:
+            return load_checkpoint(self._run_dir, device)[0]
+        encoder = self._learner.best_encoder
+        self._save_encoder(encoder, {})
+        return encoder.eval()
+
+    def _save_encoder(self, encoder: UserEncoder, found: dict[str, float]) -> None:
+        info = CheckpointInfo(
+            encoder=self._encoder_config,
+            actions=tuple(action.value for action in self._dataset.info.actions),
+            dataset=self._dataset.info.fingerprint,
+            split=self._split.info.model_dump(),
+            training=self._settings["training"] | {"steps": self.progress.step} | found,
         )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return value
+        save_checkpoint(self._run_dir, encoder, info)

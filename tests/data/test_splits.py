@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval.data.splits import SplitInfo, split_dataset
+from retrieval.data.splits import SplitInfo, split_dataset, training_counts
 from retrieval.errors import DataError
 from tests.support import Event, write_dataset
 
@@ -77,3 +77,14 @@ def test_a_split_without_targets_is_an_error(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", [[(0, SKIP, 1), (1, SKIP, 2)]], range(5))
     with pytest.raises(DataError, match="no user with a history and a target"):
         split_dataset(dataset, SplitInfo(protocol="paper"))
+
+
+def test_training_counts_leave_targets_out(tmp_path: Path) -> None:
+    histories: list[list[Event]] = [
+        [(0, LIKE, 1), (1, LIKE, 2), (2, LIKE, 3)],
+        [(2, LIKE, 1), (2, LIKE, 2), (3, LIKE, 3)],
+        [(4, LIKE, 1), (5, LIKE, 2), (4, LIKE, 3)],
+    ]
+    dataset = write_dataset(tmp_path / "d", histories, range(6))
+    split = split_dataset(dataset, SplitInfo(protocol="paper"))
+    assert training_counts(dataset, split).tolist() == [1, 1, 2, 0, 1, 1]

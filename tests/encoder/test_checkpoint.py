@@ -5,7 +5,7 @@ import torch
 
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from retrieval.encoder.config import HSTUConfig
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.errors import CheckpointError, InputError
 
 CONFIG = HSTUConfig(num_items=7, max_length=5, width=4, qk_dim=4, v_dim=4)
@@ -47,7 +47,7 @@ def test_a_missing_run_is_named(tmp_path: Path) -> None:
     ("old", "new", "sentence"),
     [
         ('"format": 1', '"format": 9', "format 9 is not the format 1"),
-        ('"width": 4', '"width": 0', "encoder.width"),
+        ('"width": 4', '"width": 0', r"encoder\.hstu\.width"),
         ('"width": 4', '"width": 8', "does not fit"),
         ("{", "", "cannot be read"),
         ('"actions"', '"actoins"', "act"),

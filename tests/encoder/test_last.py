@@ -5,9 +5,9 @@ import torch
 
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import embed_users
-from retrieval.encoder.model import HSTUEncoder
-from tests.encoder.test_model import batch_of
+from tests.encoder.test_hstu import batch_of
 from tests.tolerances import assert_close
 
 SHAPES = {

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from retrieval.data.dataset import Dataset
 from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import embed_users, item_vectors
-from retrieval.encoder.model import HSTUEncoder
 from retrieval.evaluation.ann import ann_recall
 from retrieval.evaluation.offline import evaluate
 from retrieval.evaluation.plot import plot_recall
-from retrieval.evaluation.ranking import popularity, query_batches, rank_by_scores
+from retrieval.evaluation.ranking import query_batches, rank_by_scores
+from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
@@ -52,12 +53,6 @@ def test_paper_hides_only_what_the_encoder_reads(tmp_path: Path) -> None:
         assert [rows.tolist() for rows in batch.seen] == hidden
 
 
-def test_popularity_counts_training_events_only(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path / "d", HISTORIES, range(6))
-    split = split_dataset(dataset, SplitInfo(protocol="paper"))
-    assert popularity(dataset, split).tolist() == [1, 1, 2, 0, 1, 1]
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     histories = cyclic_histories(users=2000, items=100, length=6)
@@ -72,7 +67,7 @@ def oracle(batch: JaggedBatch) -> NDArray[np.float32]:
 def test_an_oracle_is_found_perfect_exactly_and_through_an_index(world: Dataset) -> None:
     split = split_dataset(world, SplitInfo(protocol="paper"))
     items = np.eye(100, dtype=np.float32)
-    searcher = Searcher(build_index(items, IndexSpec()), items, np.arange(100))
+    searcher = Searcher(FaissBackend(build_index(items, IndexSpec()), items, IndexSpec()), np.arange(100))
     report = evaluate(world, split, oracle, items, 50, searcher=searcher, ks=(1, 10))
     for ranker in ("HSTU", "HSTU through the index"):
         assert report.row(ranker).metrics["recall@1"].mean == 1
@@ -102,7 +97,7 @@ def test_through_an_exact_index_ranks_equal_exact_ranks(world: Dataset) -> None:
     torch.manual_seed(4)
     encoder = HSTUEncoder(HSTUConfig(num_items=100, max_length=50, width=32)).eval()
     vectors = item_vectors(encoder)
-    searcher = Searcher(build_index(vectors, IndexSpec()), vectors, np.arange(100))
+    searcher = Searcher(FaissBackend(build_index(vectors, IndexSpec()), vectors, IndexSpec()), np.arange(100))
     split = split_dataset(world, SplitInfo(protocol="paper"))
     report = evaluate(world, split, partial(embed_users, encoder), vectors, 50, searcher=searcher, ks=(10, 50))
     exact, indexed = report.row("HSTU").metrics, report.row("HSTU through the index").metrics
@@ -117,7 +112,7 @@ def test_recall_of_an_index_counts_what_it_misses() -> None:
     recalls = []
     for probes in (1, 4, 32):
         spec = IndexSpec(factory="IVF32,Flat", search={"nprobe": probes})
-        searcher = Searcher(build_index(vectors, spec), vectors, np.arange(2000))
+        searcher = Searcher(FaissBackend(build_index(vectors, spec), vectors, spec), np.arange(2000))
         recalls.append(ann_recall(searcher, vectors, vectors[:50], k=10))
     assert recalls[0] < recalls[1] < recalls[2] == 1.0
 

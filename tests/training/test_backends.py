@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.config import HSTUConfig
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.types import JaggedBatch
 from tests.kernels.device import DEVICE
 

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from retrieval.encoder.batch import JaggedTensors
-from retrieval.encoder.config import HSTUConfig, hstu_demo, hstu_large_ml1m, hstu_ml1m
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import embed_users, item_vectors
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.presets import hstu_demo, hstu_large_ml1m, hstu_ml1m
 from retrieval.errors import ConfigError
 from retrieval.types import JaggedBatch
 from tests.tolerances import assert_close

@@ -1,14 +1,17 @@
 """One HSTU layer (arXiv 2402.17152, equations 1–3, in the form of its public research code)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.softmax_attention import softmax_attention
 from retrieval.kernels.gated_norm import gated_norm
 from retrieval.kernels.hstu_attention import AttentionPlan, hstu_attention
 from retrieval.kernels.hstu_decode import hstu_decode
-from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
+from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS, time_bucket
 
 __all__ = ["HSTULayer"]
 
@@ -17,7 +20,7 @@ _INIT_STD = 0.02
 
 
 class HSTULayer(nn.Module):
-    """Pointwise attention with gating.
+    """Pointwise attention with gating; for the ablation, softmax attention in its place.
 
         U, V, Q, K = split(SiLU(LN(x) W))
         y = x + W_o · dropout(U ⊙ LN(attention(Q, K, V))) + b
@@ -28,7 +31,7 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
-        self.norm, self.dropout = config.attention_norm, config.dropout
+        self.norm, self.dropout, self.attention = config.attention_norm, config.dropout, config.attention
         value, query = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
         self.widths = (value, value, query, query)
         self.uvqk = nn.Parameter(torch.empty(config.width, sum(self.widths)))
@@ -45,19 +48,37 @@ class HSTULayer(nn.Module):
         """`[T, D]` → `[T, D]`."""
         normed = functional.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
         u, v, q, k = functional.silu(normed @ self.uvqk).split(self.widths, dim=-1)
-        attended = hstu_attention(
-            q.unflatten(-1, (self.num_heads, self.qk_dim)),
-            k.unflatten(-1, (self.num_heads, self.qk_dim)),
-            v.unflatten(-1, (self.num_heads, self.v_dim)),
-            *plan.where,
-            pos_table=self.pos_table,
-            time_table=self.time_table,
-            norm=self.norm,
-            prepared=plan.prepared,
-            max_length=plan.max_length,
-            backend=plan.backend,
-        ).flatten(-2)
-        return self._gate(x_TD, u, attended, plan)
+        q, k = (x.unflatten(-1, (self.num_heads, self.qk_dim)) for x in (q, k))
+        v = v.unflatten(-1, (self.num_heads, self.v_dim))
+        if self.attention == "softmax":
+            bias = partial(self._bias, plan) if self.pos_table is not None or self.time_table is not None else None
+            attended = softmax_attention(q, k, v, plan.where[0].cpu(), causal=True, bias=bias)
+        else:
+            attended = hstu_attention(
+                q,
+                k,
+                v,
+                *plan.where,
+                pos_table=self.pos_table,
+                time_table=self.time_table,
+                norm=self.norm,
+                prepared=plan.prepared,
+                max_length=plan.max_length,
+                backend=plan.backend,
+            )
+        return self._gate(x_TD, u, attended.flatten(-2), plan)
+
+    def _bias(self, plan: AttentionPlan, tokens: Tensor, real: Tensor) -> Tensor:
+        """Biases `[G, L, L]` of padded rows, for softmax attention."""
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        bias = tokens.new_zeros(tokens.shape[0], len(place), len(place), dtype=self.uvqk.dtype)
+        if self.pos_table is not None:
+            bias = bias + self.pos_table[(place.unsqueeze(1) - place).abs()]
+        if self.time_table is not None:
+            _, timestamps, query_times = plan.where
+            delta = query_times[tokens].unsqueeze(2) - timestamps[tokens].unsqueeze(1)
+            bias = bias + self.time_table[time_bucket(delta * real.unsqueeze(1)).long()]
+        return bias
 
     def last(self, x_TD: Tensor, plan: AttentionPlan) -> Tensor:
         """What `forward` gives at the last token of each row, `[B, D]`, for a fraction of its work.
@@ -66,6 +87,8 @@ class HSTULayer(nn.Module):
         Inference only.
         """
         assert not self.training
+        if self.attention == "softmax":
+            return self(x_TD, plan)[(plan.where[0][1:] - 1).to(x_TD.device)]
         offsets, timestamps, query_times = plan.where
         last_B = (offsets[1:] - 1).to(x_TD.device)
         position_B = (offsets.diff() - 1).to(x_TD.device)

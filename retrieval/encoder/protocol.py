@@ -1,0 +1,78 @@
+"""What every encoder of user histories is, whatever happens inside."""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retrieval.encoder.batch import JaggedTensors
+from retrieval.encoder.config import EncoderConfig
+
+__all__ = ["UserEncoder", "normalize"]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Scale vectors along the last axis to length 1 (cosine similarity's operands)."""
+    return functional.normalize(x, dim=-1, eps=1e-6)
+
+
+class UserEncoder(nn.Module):
+    """Histories in, user embeddings of unit length out; an item scores u·e, e its normalised row of the item table.
+
+    Rows of a batch do not depend on each other. Subclasses implement `forward`; `last` may be overridden by something
+    that computes less.
+
+    Attributes:
+        config: the encoder's shape.
+        objective: how it learns: "next", by guessing the item after each token, or "cloze", by guessing masked items.
+        item_embedding: the item table E, `[N, D]`.
+        action_embedding: the table of actions, or None where they are not read.
+        position_embedding: the table of positions, or None where there is none.
+    """
+
+    objective: ClassVar[Literal["next", "cloze"]] = "next"
+
+    def __init__(self, config: EncoderConfig, *, positions: int) -> None:
+        super().__init__()
+        self.config = config
+        self.item_embedding = nn.Embedding(config.num_items, config.width)
+        self.action_embedding = nn.Embedding(config.num_actions, config.width) if config.num_actions else None
+        self.position_embedding = nn.Embedding(positions, config.width) if positions else None
+        nn.init.trunc_normal_(self.item_embedding.weight, std=0.02)
+        if self.position_embedding is not None:
+            nn.init.xavier_normal_(self.position_embedding.weight)
+        if self.action_embedding is not None:
+            # Actions start without effect, so that one which training never meets has none when it is served.
+            nn.init.zeros_(self.action_embedding.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.item_embedding.weight.device
+
+    def forward(self, batch: JaggedTensors) -> Tensor:
+        """User embeddings after every token, `[T, D]`."""
+        raise NotImplementedError
+
+    def last(self, batch: JaggedTensors) -> Tensor:
+        """User embeddings at the request that follows each row's last token, `[B, D]`: what serving asks for.
+
+        Rows must not be empty. Evaluation mode.
+        """
+        out: Tensor = self(batch)
+        return out[(batch.offsets[1:] - 1).to(out.device)]
+
+    def item_vectors(self) -> Tensor:
+        """Item embeddings of unit length, `[N, D]`."""
+        return normalize(self.item_embedding.weight)
+
+    def _embed(self, items_TD: Tensor, batch: JaggedTensors) -> Tensor:
+        """x_0 = dropout((E[item] + A[action])·√D + P[position]), `[T, D]`."""
+        if self.action_embedding is not None:
+            items_TD = items_TD + self.action_embedding(batch.actions)
+        x = items_TD * math.sqrt(self.config.width)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(batch.positions())
+        return functional.dropout(x, self.config.dropout, self.training)

@@ -1,0 +1,99 @@
+"""Training batches in an order that only the seed and the epoch decide, and how each is cut and thinned."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.data.dataset import Dataset
+from retrieval.data.sequences import TrainingBatch, gather_histories, gather_training
+from retrieval.data.splits import Split
+from retrieval.data.stochastic_length import keep_tokens, stochastic_length
+from retrieval.training.config import TrainConfig
+from retrieval.types import JaggedBatch
+
+__all__ = ["Batches", "Objective", "cloze_batch"]
+
+Objective = Literal["next", "cloze"]
+
+
+class Batches:
+    """All batches of a run.
+
+    Args:
+        dataset: the events.
+        split: which of them train. Users with fewer than two training events are left out.
+        config: hyperparameters.
+        objective: "next": each token is followed by its target. "cloze": tokens are masked and to be filled in.
+        max_length: most tokens of a history.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: Split, config: TrainConfig, *, objective: Objective, max_length: int
+    ) -> None:
+        self._dataset, self._config, self._objective, self._max_length = dataset, config, objective, max_length
+        self._ends = split.train_ends
+        self._users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
+        self.per_epoch = math.ceil(len(self._users) / config.batch_size)
+
+    def from_step(self, first: int) -> Iterator[tuple[int, TrainingBatch]]:
+        """Number and contents of each step from `first` (counted from 0) to the last."""
+        size = self._config.batch_size
+        for step in range(first, self.per_epoch * self._config.epochs):
+            epoch, place = divmod(step, self.per_epoch)
+            if step == first or place == 0:
+                order = np.random.default_rng([self._config.seed, epoch]).permutation(self._users)
+            # The third number keeps these draws apart from those of the order.
+            rng = np.random.default_rng([self._config.seed, step, 1])
+            yield step, self._cut(order[place * size : (place + 1) * size], rng)
+
+    def _cut(self, users: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
+        events, positive = self._dataset.events, self._dataset.positive
+        starts, ends = self._dataset.offsets[users], self._ends[users]
+        if self._objective == "cloze":
+            times = events.timestamps[ends - 1].astype(np.int64)
+            histories = gather_histories(events, starts, ends, times, self._max_length)
+            mask_item = len(self._dataset.vocabulary)
+            batch = cloze_batch(histories, positive, self._config.mask_share, mask_item, rng)
+        else:
+            batch = gather_training(events, starts, ends, positive, self._max_length)
+        alpha = self._config.stochastic_length
+        if alpha is not None:
+            inputs = batch.inputs
+            kept = stochastic_length(inputs.offsets, inputs.timestamps, self._max_length, alpha, rng)
+            batch = keep_tokens(batch, kept)
+        return batch
+
+
+def cloze_batch(
+    histories: JaggedBatch, positive: NDArray[np.bool_], share: float, mask_item: int, rng: np.random.Generator
+) -> TrainingBatch:
+    """Mask tokens that are to be filled in (BERT4Rec, arXiv 1904.06690, section 3.6).
+
+    Each positive event is masked with probability `share`; in a row where that masks none, the last positive one is,
+    which is nearest to what serving asks. A masked token has the item `mask_item` and no action (code 0); it is its
+    own target.
+
+    Args:
+        histories: with the event to predict as their last.
+        positive: whether each action code is a positive engagement, bool `[A]`.
+        share: of positive events that are masked.
+        mask_item: stands for an item that is to be filled in.
+        rng: every random choice.
+    """
+    may = positive[histories.actions]
+    masked = may & (rng.random(len(may)) < share)
+    place = np.where(may, np.arange(len(may)), -1)
+    for start, end in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
+        if not masked[start:end].any() and may[start:end].any():
+            masked[place[start:end].max()] = True
+    inputs = JaggedBatch(
+        offsets=histories.offsets,
+        items=np.where(masked, mask_item, histories.items),
+        actions=np.where(masked, 0, histories.actions),
+        timestamps=histories.timestamps,
+        query_times=histories.query_times,
+    )
+    return TrainingBatch(inputs=inputs, targets=histories.items, mask=masked)

@@ -1,0 +1,169 @@
+"""One training step: batch → loss → gradient → update. Every random choice in it follows from seed and step.
+
+Legend: T tokens, D width, N items, U rows of the item table that a step names.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from retrieval.data.sequences import TrainingBatch
+from retrieval.encoder.batch import JaggedTensors
+from retrieval.encoder.protocol import UserEncoder
+from retrieval.errors import TrainingError
+from retrieval.training.config import TrainConfig
+from retrieval.training.loss import next_item_loss
+from retrieval.training.negatives import Negatives, NegativeSampler
+from retrieval.training.optimizer import EncoderOptimizer, updates_by_rows
+from retrieval.training.schedule import learning_rate_at
+
+__all__ = ["Learner", "StepOutcome"]
+
+_TABLE = "item_embedding.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """Mean loss, length of the gradient before clipping, and the rate of a step."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class Learner:
+    """An encoder with all that changes as it learns.
+
+    Args:
+        encoder: learns in place.
+        config: hyperparameters.
+        item_counts: training events of each item, int64 `[N]`.
+        steps: of the whole run, for the schedule.
+
+    Raises:
+        ConfigError: hyperparameters that exclude each other.
+    """
+
+    def __init__(self, encoder: UserEncoder, config: TrainConfig, item_counts: NDArray[np.int64], steps: int) -> None:
+        self.encoder, self._config, self._steps = encoder, config, steps
+        self.by_rows = updates_by_rows(config, encoder.config.num_items)
+        self._optimizer = EncoderOptimizer(
+            encoder, encoder.item_embedding.weight, weight_decay=config.weight_decay, by_rows=self.by_rows
+        )
+        # So many uniform draws cost what the whole catalogue costs, and are noisier.
+        everything = config.negatives == "uniform" and config.num_negatives >= encoder.config.num_items
+        kind = "full" if everything and not self.by_rows else config.negatives
+        self._sampler = NegativeSampler(
+            kind, config.num_negatives, shared=config.shared_negatives, item_counts=item_counts
+        )
+        self._average: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self._average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+
+    @property
+    def best_encoder(self) -> UserEncoder:
+        """What is evaluated and kept: the running mean where there is one."""
+        if self._average is None:
+            return self.encoder
+        module = self._average.module
+        assert isinstance(module, UserEncoder)
+        return module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes, by name, not copied: what is written into these tensors is the state."""
+        tensors = {f"model.{name}": one for name, one in self.encoder.state_dict().items()}
+        tensors |= {f"optimizer.{name}": one for name, one in self._optimizer.tensors().items()}
+        if self._average is not None:
+            tensors |= {f"average.{name}": one for name, one in self._average.state_dict().items()}
+        return tensors
+
+    def step(self, batch: TrainingBatch, step: int) -> StepOutcome:
+        """Learn from a batch; `step` counts from 0.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite; nothing has been changed.
+        """
+        config = self._config
+        seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
+        torch.manual_seed(seed)
+        rate = learning_rate_at(step, self._steps, config.learning_rate, config.schedule, config.warmup_steps)
+        if not batch.mask.any():
+            return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
+        self.encoder.train()
+        loss, table, rows = self._loss(batch, torch.Generator().manual_seed(seed))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(_diverged(step, "loss", value))
+        loss.backward()
+        learned = [*self._optimizer.whole, *([table] if rows is not None else [])]
+        norm = torch.nn.utils.get_total_norm([one.grad for one in learned if one.grad is not None])
+        # A norm that is finite bounds every gradient and its square; from those AdamW makes finite weights. So no
+        # state that is ever saved holds a number that is not finite.
+        if not math.isfinite(float(norm)):
+            raise TrainingError(_diverged(step, "gradient", float(norm)))
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(learned, config.clip_norm, norm)
+        self._optimizer.step(rate, rows, table.grad if rows is not None else None)
+        if self._average is not None:
+            self._average.update_parameters(self.encoder)
+        return StepOutcome(loss=value, grad_norm=float(norm), learning_rate=rate)
+
+    def _loss(self, batch: TrainingBatch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss of a batch, the item table that it was computed with, and by rows the rows that this holds."""
+        device = self.encoder.device
+        asked = torch.from_numpy(np.flatnonzero(batch.mask))
+        items, targets = torch.from_numpy(batch.inputs.items), torch.from_numpy(batch.targets)[asked]
+        negatives = self._sampler.draw(targets, generator)
+        table: Tensor = self.encoder.item_embedding.weight
+        rows = None
+        if self.by_rows:
+            # Encoder and loss see a small table of the rows that the step names, and places in it for their numbers.
+            # The gradient is then of the small table's size, and each row's is in one piece.
+            rows, items, targets, negatives = _renumber(items, targets, negatives, len(table))
+            rows = rows.to(device)
+            table = table.detach()[rows].requires_grad_()
+        inputs = replace(JaggedTensors.of(batch.inputs, device), items=items.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+            users: Tensor = functional_call(self.encoder, {_TABLE: table}, (inputs,))
+            if len(asked) < len(users):
+                users = users.index_select(0, asked.to(device))
+            loss = next_item_loss(
+                users,
+                targets.to(device),
+                _on(negatives, device),
+                table,
+                temperature=self._config.temperature,
+                log_q=self._config.log_q,
+            )
+        return loss, table, rows
+
+
+def _renumber(
+    items: Tensor, targets: Tensor, negatives: Negatives, num_items: int
+) -> tuple[Tensor, Tensor, Tensor, Negatives]:
+    """Rows named, ascending without repeats `[U]`, and the arguments with each row's place among them for its number.
+
+    Inputs that name no row (`num_items`, a cloze encoder's mask) stay as they are.
+    """
+    assert negatives.rows is not None
+    real = items < num_items
+    named = torch.cat([items[real], targets, negatives.rows.flatten()])
+    rows, places = named.unique(return_inverse=True)
+    of_items, of_targets, of_negatives = places.split([int(real.sum()), len(targets), negatives.rows.numel()])
+    items = items.masked_scatter(real, of_items)
+    return rows, items, of_targets, replace(negatives, rows=of_negatives.view_as(negatives.rows))
+
+
+def _on(negatives: Negatives, device: torch.device) -> Negatives:
+    parts = {field.name: getattr(negatives, field.name) for field in fields(negatives)}
+    return Negatives(**{name: one if one is None else one.to(device) for name, one in parts.items()})
+
+
+def _diverged(step: int, what: str, value: float) -> str:
+    return f"step {step + 1}: the {what} is {value}; the last checkpoint is kept, try a lower learning rate"

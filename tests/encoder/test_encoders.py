@@ -1,0 +1,180 @@
+"""What holds for every encoder behind the protocol."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from retrieval.config import Config
+from retrieval.encoder.batch import JaggedTensors
+from retrieval.encoder.build import build_encoder
+from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from retrieval.encoder.config import BERT4RecConfig, EncoderConfig, GRU4RecConfig, HSTUConfig, SASRecConfig
+from retrieval.encoder.inference import embed_users, item_vectors
+from retrieval.encoder.presets import PRESETS
+from retrieval.encoder.protocol import UserEncoder
+from retrieval.errors import ConfigError
+from retrieval.types import JaggedBatch
+from tests.encoder.test_hstu import batch_of, row
+from tests.tolerances import assert_close
+
+SHAPE = {"num_items": 30, "num_actions": 3, "max_length": 12, "width": 16}
+HSTU = {**SHAPE, "num_heads": 2, "qk_dim": 5, "v_dim": 7}
+CONFIGS: dict[str, EncoderConfig] = {
+    "hstu": HSTUConfig(**HSTU),
+    "hstu visible": HSTUConfig(**HSTU, normalizer="visible"),
+    "hstu softmax": HSTUConfig(**HSTU, attention="softmax"),
+    "hstu softmax, no biases": HSTUConfig(**HSTU, attention="softmax", position_bias=False, time_bias=False),
+    "sasrec": SASRecConfig(**SHAPE, num_heads=2, hidden=10),
+    "bert4rec": BERT4RecConfig(**SHAPE, num_heads=2, hidden=20),
+    "gru4rec": GRU4RecConfig(**SHAPE, num_layers=2, hidden=11),
+}
+CAUSAL = [name for name in CONFIGS if name != "bert4rec"]
+
+
+def encoder_of(name: str) -> UserEncoder:
+    torch.manual_seed(0)
+    encoder = build_encoder(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return encoder
+
+
+def tensors(batch: JaggedBatch) -> JaggedTensors:
+    return JaggedTensors.of(batch, torch.device("cpu"))
+
+
+def after_each(encoder: UserEncoder, batch: JaggedBatch) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = encoder(tensors(batch))
+    return out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_embeddings_have_unit_length_and_do_not_depend_on_batch_mates(name: str) -> None:
+    encoder, batch = encoder_of(name), batch_of([5, 1, 12, 12, 3])
+    together = embed_users(encoder, batch)
+    assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
+    for index in range(5):
+        alone = embed_users(encoder, row(batch, index))
+        assert_close(torch.from_numpy(alone[0]), torch.from_numpy(together[index]).double(), "embedding", "forward")
+    every = after_each(encoder, batch)
+    alone = after_each(encoder, row(batch, 2)).numpy()
+    assert_close(torch.from_numpy(alone), every[6:18].double(), "embedding", "forward")
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_nothing_is_seen_of_the_future(name: str) -> None:
+    encoder, batch = encoder_of(name), batch_of([8, 6])
+    changed = replace(batch, items=batch.items.copy(), actions=batch.actions.copy(), timestamps=batch.timestamps.copy())
+    changed.items[5] = (changed.items[5] + 1) % 30
+    changed.actions[5] = (changed.actions[5] + 1) % 3
+    changed.timestamps[5] += 10**6
+    before, after = after_each(encoder, batch), after_each(encoder, changed)
+    unmoved = [0, 1, 2, 3, 4, *range(8, 14)]
+    assert_close(after[unmoved], before[unmoved].double(), "embedding", "forward")
+    assert (before[5:8] - after[5:8]).abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_last_is_the_embedding_after_the_last_token(name: str) -> None:
+    encoder, batch = encoder_of(name), batch_of([5, 1, 12])
+    expected = after_each(encoder, batch)[torch.tensor([4, 5, 17])]
+    assert_close(torch.from_numpy(embed_users(encoder, batch)), expected.double(), "embedding", "forward")
+
+
+def test_bert_answers_at_a_mask_after_the_history() -> None:
+    encoder, batch = encoder_of("bert4rec"), batch_of([5, 12])
+    by_hand = JaggedBatch(
+        offsets=np.array([0, 6, 18]),
+        items=np.concatenate([batch.items[:5], [30], batch.items[6:], [30]]),
+        actions=np.concatenate([batch.actions[:5], [0], batch.actions[6:], [0]]),
+        timestamps=np.zeros(18, np.int64),
+        query_times=np.zeros(18, np.int64),
+    )
+    expected = after_each(encoder, by_hand)[torch.tensor([5, 17])]  # the full row gave up its first event
+    assert_close(torch.from_numpy(embed_users(encoder, batch)), expected.double(), "embedding", "forward")
+
+
+def test_bert_sees_both_ways_but_not_what_is_masked() -> None:
+    encoder, batch = encoder_of("bert4rec"), batch_of([8])
+    batch.items[3] = 30
+    before = after_each(encoder, batch)
+    batch.items[6] = (batch.items[6] + 1) % 30
+    assert (before[3] - after_each(encoder, batch)[3]).abs().max() > 1e-3
+    batch.items[3] = 30
+    assert encoder.item_embedding.num_embeddings == 30  # there is no row to read at a mask
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_reach_every_weight(name: str) -> None:
+    encoder, batch = encoder_of(name), batch_of([12, 9, 12])
+    if encoder.objective == "cloze":
+        batch.items[::4] = 30
+    out = encoder.train()(tensors(batch))
+    (out * torch.randn_like(out)).sum().backward()
+    for key, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_empty_batch_and_empty_rows_pass_through(name: str) -> None:
+    encoder = encoder_of(name)
+    nothing = {name: np.empty(0, np.int64) for name in ("items", "actions", "timestamps", "query_times")}
+    assert after_each(encoder, JaggedBatch(offsets=np.zeros(1, np.int64), **nothing)).shape == (0, 16)
+    full, with_gap = batch_of([4, 3]), batch_of([4, 3])
+    with_gap = replace(with_gap, offsets=np.array([0, 0, 4, 4, 7]))
+    assert_close(after_each(encoder, with_gap), after_each(encoder, full).double(), "embedding", "forward")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_checkpoint_gives_the_same_encoder_back(name: str, tmp_path: Path) -> None:
+    encoder, batch = encoder_of(name), batch_of([5, 2])
+    info = CheckpointInfo(encoder=CONFIGS[name], actions=("", "a", "b"), dataset="d", split={}, training={})
+    save_checkpoint(tmp_path, encoder, info)
+    again, found = load_checkpoint(tmp_path)
+    assert found.encoder == CONFIGS[name]
+    assert np.array_equal(embed_users(again, batch), embed_users(encoder, batch))
+    assert np.array_equal(item_vectors(again), item_vectors(encoder))
+
+
+def test_a_checkpoint_of_a_model_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    info = CheckpointInfo(encoder=CONFIGS["sasrec"], actions=("",), dataset="d", split={}, training={})
+    save_checkpoint(tmp_path, encoder_of("sasrec"), info)
+    file = tmp_path / "encoder.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"sasrec"', '"mystery"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match="mystery"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_encoders_of_their_catalogue(preset: str) -> None:
+    config = PRESETS[preset](num_items=7, num_actions=2)
+    assert isinstance(config, Config)
+    encoder = build_encoder(config)
+    assert encoder.item_vectors().shape == (7, config.width)
+
+
+def test_softmax_attention_is_its_formula() -> None:
+    """One layer's attention, a row and a head at a time."""
+    from retrieval.encoder.softmax_attention import softmax_attention
+
+    torch.manual_seed(1)
+    offsets, scale = torch.tensor([0, 4, 4, 5, 9]), 6**-0.5
+    q, k, v = (torch.randn(9, 2, width, dtype=torch.float64) for width in (6, 6, 3))
+    table = torch.randn(9, 9, dtype=torch.float64)
+    for causal in (True, False):
+        out = softmax_attention(
+            q, k, v, offsets, causal=causal, bias=lambda index, _: table[index[:, :, None], index[:, None, :]]
+        )
+        for begin, end in ((0, 4), (4, 5), (5, 9)):
+            for i in range(begin, end):
+                seen = slice(begin, i + 1 if causal else end)
+                for head in range(2):
+                    weights = torch.softmax(k[seen, head] @ q[i, head] * scale + table[i, seen], 0)
+                    torch.testing.assert_close(out[i, head], weights @ v[seen, head])

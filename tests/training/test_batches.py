@@ -1,0 +1,56 @@
+"""Cutting and masking of training batches."""
+
+from pathlib import Path
+
+import numpy as np
+
+from retrieval.data.splits import SplitInfo, split_dataset
+from retrieval.training.batches import Batches, cloze_batch
+from retrieval.training.config import TrainConfig
+from retrieval.types import JaggedBatch
+from tests.support import cyclic_histories, write_dataset
+
+POSITIVE = np.array([False, True, False])
+
+
+def histories(lengths: list[int], actions: list[int]) -> JaggedBatch:
+    total = sum(lengths)
+    return JaggedBatch(
+        offsets=np.cumsum([0, *lengths]),
+        items=np.arange(total) + 10,
+        actions=np.array(actions),
+        timestamps=np.arange(total),
+        query_times=np.arange(total) + 1,
+    )
+
+
+def test_masked_tokens_are_their_own_targets_and_tell_neither_item_nor_action() -> None:
+    batch = cloze_batch(histories([400, 100], [1, 2] * 250), POSITIVE, 0.3, 999, np.random.default_rng(0))
+    masked = batch.inputs.items == 999
+    assert np.array_equal(masked, batch.mask)
+    assert np.array_equal(batch.targets, np.arange(500) + 10)
+    assert not batch.inputs.actions[masked].any()
+    assert np.array_equal(batch.inputs.items[~masked], batch.targets[~masked])
+    assert not masked[1::2].any()  # not positive
+    assert 0.2 < masked[::2].mean() < 0.4
+
+
+def test_a_row_without_a_mask_has_its_last_positive_event_masked() -> None:
+    batch = cloze_batch(histories([3, 1, 2], [1, 1, 2, 1, 2, 2]), POSITIVE, 1e-9, 99, np.random.default_rng(0))
+    assert batch.mask.tolist() == [False, True, False, True, False, False]
+
+
+def test_every_epoch_visits_every_user_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", cyclic_histories(users=10, items=10, length=4), range(10))
+    split = split_dataset(dataset, SplitInfo(protocol="all"))
+    config = TrainConfig(epochs=2, batch_size=4)
+    batches = Batches(dataset, split, config, objective="next", max_length=8)
+    steps = list(batches.from_step(0))
+    assert [step for step, _ in steps] == list(range(6))
+    epochs = [np.concatenate([batch.inputs.items for _, batch in steps[at : at + 3]]) for at in (0, 3)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0].tolist() != epochs[1].tolist()
+    for first in (2, 3, 5):
+        for (step, batch), (same, again) in zip(steps[first:], batches.from_step(first), strict=True):
+            assert step == same
+            assert np.array_equal(batch.inputs.items, again.inputs.items)
