@@ -7,12 +7,12 @@ no row and fails the run. Variants: `triton` or `cpu` (ours), `eager` (padded pl
 that, where there is a compiler), and torch's `sdpa`, another function at the same shapes, as a yardstick.
 
 Arithmetic is what the formulas need, whoever computes it: only pairs that a causal mask leaves,
-P = Σ_rows n(n+1)/2 · heads for attention and P = T·R for the loss, with one recomputation of the scores in a backward
+P = Σ_rows n(n+1)/2 · heads for attention, with one recomputation of the scores in a backward
 pass, as is usual in publications:
 
     hstu_attention, sdpa   forward 2P(D + V)     backward P(6D + 4V)
     hstu_decode            forward 2P(D + V)     P = visible (query, key) pairs · heads
-    softmax_loss           forward 2PD           backward 6PD
+    softmax_loss           none is counted: ours computes the gradients in its forward pass; compare both together
     gated_norm             none is counted: memory is its limit
 
 Bytes are those of every input read once and every output written once. `fraction_of_gemm` and `fraction_of_copy` set

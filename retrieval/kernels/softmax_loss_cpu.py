@@ -1,92 +1,71 @@
-"""`softmax_loss` on a CPU: logits exist one cache-sized block at a time.
+"""`softmax_loss` on a CPU: logits exist for some positions at a time, once.
 
-Legend: see `softmax_loss.py`; M users of a step, C items of a step.
+All logits of a few positions fit in the cache, so that their maximum and sum are known before the exponentials serve
+both gradients: no running maximum and no second product of the backward pass.
+
+Legend: see `softmax_loss.py`; M positions of a step.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["backward_cpu", "forward_cpu"]
+__all__ = ["forward_cpu"]
 
-# Logits of a step, float32 1 MiB: they should stay in the L2 cache between the product and the exponential.
-_USERS_PER_STEP = 512
-_ITEMS_PER_STEP = 512
+# Logits of a step, float32 4 MiB: on the way from the product over the exponential to two more products they should
+# stay in the cache. Products of fewer than _LEAST_USERS rows waste BLAS's time.
+_LOGITS_PER_STEP = 1 << 20
+_LEAST_USERS = 16
 
 
 def forward_cpu(
-    users: Tensor, items: Tensor, positive: Tensor, first: Tensor, last: Tensor, scale: float, with_mean: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses `[T]` and expected item `[T, D]` (`[0, D]` without `with_mean`); see `softmax_loss`."""
+    users: Tensor,
+    items: Tensor,
+    positive: Tensor,
+    bias: Tensor,
+    first: Tensor,
+    last: Tensor,
+    weights: Tensor,
+    scale: float,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[T]`, Σ_r p_tr e_r `[T, D]` and Σ_t w_t p_tr u_t `[R, D]`; see `softmax_loss`."""
     wide = positive.dtype
     items = items.to(wide)
-    losses = torch.empty_like(positive)
-    mean = users.new_empty(len(users) if with_mean else 0, users.shape[1])
-    logits_of = _Logits(items, first, last)
-    for rows in _steps(len(users), _USERS_PER_STEP):
-        u_MD = users[rows].to(wide) * scale
+    first, last = first.long(), last.long()
+    # One more column in the product adds the bias: a pass over the logits less.
+    contrasts = torch.cat([items, bias.unsqueeze(1)], 1) if bias.numel() else items
+    one = torch.ones(len(users), contrasts.shape[1] - items.shape[1], dtype=wide)
+    losses = torch.zeros_like(positive)
+    mean = torch.zeros(len(users) if with_gradients else 0, users.shape[1], dtype=wide)
+    # Transposed: a product of few rows and many columns takes BLAS less time than its transpose.
+    shares_DR = torch.zeros(users.shape[1], len(items) if with_gradients else 0, dtype=wide)
+    if not len(items):
+        return losses, mean, shares_DR.T
+    step = max(_LEAST_USERS, _LOGITS_PER_STEP // len(items))
+    buffer = torch.empty(min(step, len(users)), len(items), dtype=wide)
+    for start in range(0, len(users), step):
+        rows = slice(start, start + step)
+        u_MD = users[rows].to(wide)
+        p_MR = buffer[: len(u_MD)]
+        torch.mm(torch.cat([u_MD * scale, one[rows]], 1), contrasts.T, out=p_MR)
+        _leave_out(p_MR, first[rows], last[rows])
         # The maximum includes the positive, which makes it finite; the sum does not, so that log1p can be exact.
-        top, total = positive[rows].clone(), torch.zeros_like(positive[rows])
-        sum_DM = torch.zeros_like(u_MD.T, memory_format=torch.contiguous_format)
-        for columns in _steps(len(items), _ITEMS_PER_STEP):
-            p_MC = logits_of(u_MD, rows, columns)
-            risen = torch.maximum(top, p_MC.amax(1))
-            decay = top.sub_(risen).exp_()
-            p_MC.sub_(risen.unsqueeze(1)).exp_()
-            total.mul_(decay).add_(p_MC.sum(1))
-            if with_mean:
-                sum_DM.mul_(decay).addmm_(items[columns].T, p_MC.T)
-            top = risen
+        top = torch.maximum(positive[rows], p_MR.amax(1))
+        p_MR.sub_(top.unsqueeze(1)).exp_()
         above = top - positive[rows]
-        losses[rows] = loss = torch.logaddexp(total.log_().add_(above), torch.zeros_like(total))
-        if with_mean:
-            mean[rows] = sum_DM.mul_((above - loss).exp_()).T.to(users.dtype)
-    return losses, mean
+        losses[rows] = loss = torch.logaddexp(p_MR.sum(1).log_().add_(above), torch.zeros_like(top))
+        if with_gradients:
+            factor = (above - loss).exp_()
+            mean[rows] = torch.mm(items.T, p_MR.T).mul_(factor).T
+            shares_DR.addmm_((u_MD * (weights[rows] * factor).unsqueeze(1)).T, p_MR)
+    return losses, mean, shares_DR.T.contiguous()
 
 
-def backward_cpu(
-    grad: Tensor, users: Tensor, items: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: float
-) -> Tensor:
-    """Gradient of the items `[R, D]`; see `softmax_loss`."""
-    wide = lse.dtype
-    # One more column in the product subtracts the log-sum-exp: a pass over the logits less.
-    ones = torch.ones(len(items), 1, dtype=wide)
-    logits_of = _Logits(torch.cat([items.to(wide), ones], 1), first, last)
-    # Transposed: a product of few rows and many columns takes BLAS two thirds of the time of its transpose.
-    ditems_DR = torch.zeros(items.shape[1], items.shape[0], dtype=wide)
-    for rows in _steps(len(users), _USERS_PER_STEP):
-        u_MD = users[rows].to(wide) * scale
-        weighted_MD = u_MD * grad[rows].unsqueeze(1)
-        shifted = torch.cat([u_MD, -lse[rows].unsqueeze(1)], 1)
-        for columns in _steps(len(items), _ITEMS_PER_STEP):
-            p_MC = logits_of(shifted, rows, columns).exp_()
-            ditems_DR[:, columns].addmm_(weighted_MD.T, p_MC)
-    return ditems_DR.T.contiguous().to(items.dtype)
-
-
-class _Logits:
-    """Products of users with items, in one buffer that every step overwrites; −∞ at what a user leaves out."""
-
-    def __init__(self, items: Tensor, first: Tensor, last: Tensor) -> None:
-        self._items, self._first, self._last = items, first.long(), last.long()
-        most = min(_USERS_PER_STEP, len(first)) * min(_ITEMS_PER_STEP, len(items))
-        self._buffer = torch.empty(most, dtype=items.dtype)
-
-    def __call__(self, users: Tensor, rows: slice, columns: slice) -> Tensor:
-        width = columns.stop - columns.start
-        out = self._buffer[: len(users) * width].view(len(users), width)
-        torch.mm(users, self._items[columns].T, out=out)
-        begin = self._first[rows].clamp(min=columns.start)
-        counts = self._last[rows].clamp(max=columns.stop) - begin
-        hit = (counts > 0).nonzero().squeeze(1)
-        if len(hit):
-            # The places from `begin` to `last` of each row that has any.
-            counts = counts[hit]
-            starts = torch.repeat_interleave(
-                hit * width + begin[hit] - columns.start - counts.cumsum(0) + counts, counts
-            )
-            out.view(-1)[starts + torch.arange(len(starts))] = -torch.inf
-        return out
-
-
-def _steps(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+def _leave_out(logits_MR: Tensor, first: Tensor, last: Tensor) -> None:
+    """−∞ in the places from `first` to `last` of each row that has any."""
+    hit = (last > first).nonzero().squeeze(1)
+    if len(hit):
+        counts = (last - first)[hit]
+        starts = hit * logits_MR.shape[1] + first[hit] - counts.cumsum(0) + counts
+        places = torch.repeat_interleave(starts, counts) + torch.arange(int(counts.sum()))
+        logits_MR.view(-1)[places] = -torch.inf

@@ -1,12 +1,13 @@
-"""`softmax_loss` as two Triton kernels: log-sum-exp with the users' gradient, and the items' gradient.
+"""`softmax_loss` as two Triton kernels: losses with the users' gradient, and the items' gradient.
 
-Forward: a program owns a tile of users and runs over all tiles of items, as flash attention does over keys; here the
+Users: a program owns a tile of users and runs over all tiles of items, as flash attention does over keys; here the
 keys are the values too, so that one tile in shared memory serves both products. What it accumulates, Σ_r p_tr e_r,
-is the users' gradient but for a factor, and no pass of the backward computes it.
+is the users' gradient but for a factor. It keeps a running maximum and sum (Milakov, Gimelshein: "Online normalizer
+calculation for softmax", arXiv 1805.02867).
 
-Backward: a program owns a tile of items and runs over the users. Few items (sampled negatives) would leave most of a
-GPU idle, so the users are split into parts whose sums go to a buffer of their own and are added up afterwards. No
-atomics: the same inputs give the same bits, on the same GPU model.
+Items: a program owns a tile of items and runs over the users, computing the logits again. Few items (sampled
+negatives) would leave most of a GPU idle, so the users are split into parts whose sums go to a buffer of their own and
+are added up afterwards. No atomics: the same inputs give the same bits, on the same GPU model.
 
 Widths are padded outside, with zeros, to the power of two that a tile has anyway: rows of 50 bfloat16 are neither
 aligned for 16-byte copies nor free of masks. Logits are in units of log 2. Launch configurations are unmeasured on
@@ -24,10 +25,10 @@ from torch.nn import functional
 from retrieval.kernels.aot_case import AotCase
 from retrieval.kernels.backend import interpreting
 
-__all__ = ["aot_cases", "backward_triton", "forward_triton", "launch_config", "user_parts"]
+__all__ = ["aot_cases", "forward_triton", "launch_config", "user_parts"]
 
 _LOG2E = math.log2(math.e)
-# Rows of the tile that stays (users forward, items backward) and of the one that moves, warps and stages; by kind of
+# Rows of the tile that stays (users, or items) and of the one that moves, warps and stages; by kind of
 # product and padded width, 64 standing for the smaller ones. Chosen by what compiles without spills for sm_80: the tile
 # that stays is large, since all the others are read again for each, and float32 without tensor cores keeps its operands
 # in registers.
@@ -58,10 +59,11 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # type
 
 
 @triton.jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _users_kernel(  # type: ignore[no-untyped-def]
     users_ptr,
     items_ptr,
     positive_ptr,
+    bias_ptr,
     first_ptr,
     last_ptr,
     excess_ptr,
@@ -70,6 +72,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     num_items,
     scale,
     WITH_MEAN: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BT: tl.constexpr,
@@ -93,6 +96,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         e = _load_rows(items_ptr, start, num_items, BR, BD)
         s = _dot(u, tl.trans(e), tl.zeros([BT, BR], tl.float32), PRECISION, INTERPRETED) * scale
         left_out = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
+        if WITH_BIAS:
+            s += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
         s = tl.where(inside[None, :] & (left_out == 0), s, float("-inf"))
         risen = tl.maximum(top, tl.max(s, 1))
         decay = tl.exp2(top - risen)
@@ -114,11 +119,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _items_kernel(  # type: ignore[no-untyped-def]
     users_ptr,
     items_ptr,
     weight_ptr,
     lse_ptr,
+    bias_ptr,
     first_ptr,
     last_ptr,
     partial_ptr,
@@ -126,6 +132,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     num_items,
     users_per_part,
     scale,
+    WITH_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BT: tl.constexpr,
@@ -137,6 +144,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     inside = column < num_items
     e = _load_rows(items_ptr, tl.program_id(0) * BR, num_items, BR, BD)
     acc = tl.zeros([BR, BD], tl.float32)
+    if WITH_BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
 
     begin = part * users_per_part
     end = tl.minimum(begin + users_per_part, num_users)
@@ -151,6 +160,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         last = tl.load(last_ptr + t, mask=real, other=0)
         s = _dot(e, tl.trans(u), tl.zeros([BR, BT], tl.float32), PRECISION, INTERPRETED) * scale
         left_out = (column[:, None] >= first[None, :]) & (column[:, None] < last[None, :])
+        if WITH_BIAS:
+            s += bias[:, None]
         s = tl.where(inside[:, None] & (left_out == 0), s - lse[None, :], float("-inf"))
         p = tl.exp2(s) * weight[None, :]
         acc = _dot(p.to(u.dtype), u, acc, PRECISION, INTERPRETED)
@@ -159,14 +170,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial_ptr + row[:, None] * BD + tl.arange(0, BD)[None, :], acc, mask=inside[:, None])
 
 
-def launch_config(width: int, product: str, *, backward: bool) -> tuple[int, int, int, int]:
+def launch_config(width: int, product: str, *, of_items: bool) -> tuple[int, int, int, int]:
     """Users per tile, items per tile, warps and stages of loads in flight, for a padded width. Unmeasured on GPUs."""
     kept, moving, warps, stages = _TILES[product][max(64, width)]
-    return (moving, kept, warps, stages) if backward else (kept, moving, warps, stages)
+    return (moving, kept, warps, stages) if of_items else (kept, moving, warps, stages)
 
 
 def user_parts(users: int, items: int, users_per_tile: int, items_per_tile: int, processors: int) -> tuple[int, int]:
-    """Parts that the backward splits its users into, and users of a part: two programs per multiprocessor."""
+    """Parts that the items' kernel splits the users into, and users of a part: two programs per multiprocessor."""
     tiles = -(-users // users_per_tile)
     wanted = max(1, 2 * processors // -(-items // items_per_tile))
     tiles_per_part = -(-tiles // min(wanted, tiles))
@@ -174,47 +185,58 @@ def user_parts(users: int, items: int, users_per_tile: int, items_per_tile: int,
 
 
 def forward_triton(
-    users: Tensor, items: Tensor, positive: Tensor, first: Tensor, last: Tensor, scale: float, with_mean: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses `[T]` and expected item `[T, D]` (`[0, D]` without `with_mean`); see `softmax_loss`."""
+    users: Tensor,
+    items: Tensor,
+    positive: Tensor,
+    bias: Tensor,
+    first: Tensor,
+    last: Tensor,
+    weights: Tensor,
+    scale: float,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[T]`, Σ_r p_tr e_r `[T, D]` and Σ_t w_t p_tr u_t `[R, D]`; see `softmax_loss`."""
     width = users.shape[1]
-    u, e = _padded(users), _padded(items)
-    bt, br, warps, stages = launch_config(u.shape[1], product := _product(users.dtype), backward=False)
+    u, e, bias, first, last = _padded(users), _padded(items), bias * _LOG2E, first.contiguous(), last.contiguous()
+    bt, br, warps, stages = launch_config(u.shape[1], product := _product(users.dtype), of_items=False)
     # How far the negatives' log-sum-exp is above the positive, in units of log 2.
     excess = torch.empty(len(u), dtype=torch.float32, device=users.device)
-    mean = torch.empty(len(u) if with_mean else 0, u.shape[1], dtype=users.dtype, device=users.device)
+    mean = torch.empty(len(u) if with_gradients else 0, u.shape[1], dtype=torch.float32, device=users.device)
     if len(u):
-        _forward_kernel[(triton.cdiv(len(u), bt),)](
-            u, e, positive * _LOG2E, first.contiguous(), last.contiguous(), excess, mean,
-            len(u), len(e), scale * _LOG2E,
-            WITH_MEAN=with_mean, PRECISION=_PRECISION[product], INTERPRETED=interpreting(),
+        _users_kernel[(triton.cdiv(len(u), bt),)](
+            u, e, positive * _LOG2E, bias, first, last, excess, mean,
+            len(u), len(e), scale * _LOG2E, WITH_MEAN=with_gradients, WITH_BIAS=bool(bias.numel()),
+            PRECISION=_PRECISION[product], INTERPRETED=interpreting(),
             BT=bt, BR=br, BD=u.shape[1], num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return torch.logaddexp(excess / _LOG2E, torch.zeros_like(excess)), mean[:, :width].contiguous()
+    losses = torch.logaddexp(excess / _LOG2E, torch.zeros_like(excess))
+    shares = mean[:0]
+    if with_gradients:
+        shares = _shares(u, e, positive + losses, bias, first, last, weights, scale)
+    return losses, mean[:, :width].contiguous(), shares[:, :width].contiguous()
 
 
-def backward_triton(
-    grad: Tensor, users: Tensor, items: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: float
+def _shares(
+    u: Tensor, e: Tensor, lse: Tensor, bias: Tensor, first: Tensor, last: Tensor, weights: Tensor, scale: float
 ) -> Tensor:
-    """Gradient of the items `[R, D]`; see `softmax_loss`."""
-    if not len(users) or not len(items):
-        return torch.zeros_like(items, memory_format=torch.contiguous_format)
-    u, e = _padded(users), _padded(items)
-    bt, br, warps, stages = launch_config(u.shape[1], product := _product(users.dtype), backward=True)
-    parts, users_per_part = user_parts(len(u), len(e), bt, br, _processors(users.device))
-    partial = torch.empty(parts, *e.shape, dtype=torch.float32, device=users.device)
-    # The products p·weight are rounded to the inputs' dtype: gradients of a mean (1/T) and small probabilities would
+    """Σ_t w_t p_tr u_t of padded users, `[R, D]`; `bias` is in units of log 2."""
+    if not len(u) or not len(e):
+        return torch.zeros_like(e, dtype=torch.float32)
+    bt, br, warps, stages = launch_config(u.shape[1], product := _product(u.dtype), of_items=True)
+    parts, users_per_part = user_parts(len(u), len(e), bt, br, _processors(u.device))
+    partial = torch.empty(parts, *e.shape, dtype=torch.float32, device=u.device)
+    # The products p·weight are rounded to the inputs' dtype: weights of a mean (1/T) and small probabilities would
     # fall below what float16 can hold. Both are lifted here, p by 2¹⁰ to at most 1024, and put back afterwards.
-    lift = 10.0 if users.dtype == torch.float16 else 0.0
-    largest = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    _backward_kernel[(triton.cdiv(len(e), br), parts)](
-        u, e, grad / largest, lse * _LOG2E - lift, first.contiguous(), last.contiguous(), partial,
-        len(u), len(e), users_per_part, scale * _LOG2E,
+    lift = 10.0 if u.dtype == torch.float16 else 0.0
+    largest = weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    _items_kernel[(triton.cdiv(len(e), br), parts)](
+        u, e, weights / largest, lse * _LOG2E - lift, bias, first, last, partial,
+        len(u), len(e), users_per_part, scale * _LOG2E, WITH_BIAS=bool(bias.numel()),
         PRECISION=_PRECISION[product], INTERPRETED=interpreting(),
         BT=bt, BR=br, BD=u.shape[1], num_warps=warps, num_stages=stages,
     )  # fmt: skip
     total = partial.sum(0) if parts > 1 else partial[0]
-    return (total[:, : items.shape[1]] * (largest * (scale * 2.0**-lift))).to(items.dtype)
+    return total * (largest * 2.0**-lift)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -241,10 +263,11 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for width, product in [(32, "half"), *((width, kind) for kind, tiles in _TILES.items() for width in tiles)]:
         dtype = "bf16" if product == "half" else "fp32"
-        for kernel, backward in ((_forward_kernel, False), (_backward_kernel, True)):
-            bt, br, warps, stages = launch_config(width, product, backward=backward)
+        for kernel, of_items in ((_users_kernel, False), (_items_kernel, True)):
+            bt, br, warps, stages = launch_config(width, product, of_items=of_items)
             constexprs = {"PRECISION": _PRECISION[product], "INTERPRETED": False, "BT": bt, "BR": br, "BD": width}
-            if not backward:
+            constexprs["WITH_BIAS"] = True
+            if not of_items:
                 constexprs["WITH_MEAN"] = True
             types = {name: _argument_type(name, dtype, constexprs) for name in kernel.arg_names}
             name = f"{kernel.__name__.strip('_')} D{width} {dtype} {product}"
@@ -256,7 +279,7 @@ def aot_cases() -> list[AotCase]:
 def _argument_type(name: str, dtype: str, constexprs: dict[str, object]) -> str:
     if name in constexprs:
         return "constexpr"
-    if name in ("users_ptr", "items_ptr", "mean_ptr"):
+    if name in ("users_ptr", "items_ptr"):
         return f"*{dtype}"
     if name in ("first_ptr", "last_ptr"):
         return "*i32"

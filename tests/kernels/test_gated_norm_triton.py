@@ -6,7 +6,7 @@ from torch import Tensor
 
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.config import HSTUConfig
-from retrieval.encoder.model import HSTUEncoder
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.kernels.backend import Backend
 from retrieval.kernels.gated_norm import gated_norm
 from retrieval.kernels.gated_norm_reference import keep_mask_reference
