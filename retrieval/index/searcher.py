@@ -1,84 +1,387 @@
-"""Searching with a full answer guaranteed, whatever the index leaves out."""
+"""Searching among eligible items with a full answer guaranteed, whatever the index leaves out.
 
-from collections.abc import Sequence
+Shape legend: B queries, N items of the index, A added items, D width, K answers per query, F fetched candidates, X
+excluded rows of all queries together.
+"""
 
-import faiss
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.index.exact import best_first, exact_search, no_answers
-from retrieval.types import SearchResult
+from retrieval.errors import FilterError, InputError
+from retrieval.index.attributes import Attributes, Eligible, in_bitmap
+from retrieval.index.backend import IndexBackend
+from retrieval.index.exact import scan
+from retrieval.index.filter import Filter
+from retrieval.index.planner import Costs, Planner, Step, depth_class
+from retrieval.index.side import Changes, alive
+from retrieval.types import Answers, Plan
 
 __all__ = ["Searcher"]
 
+# Candidates kept beyond those wanted, so that equal scores at the last place show; so many times more at each retry.
+_SPARE, _SPARE_GROWTH = 16, 16
+# Scores closer than this times the query's norm may be equal but for rounding (vectors have unit length).
+_ROUNDING = 1e-6
+# Elements of candidates' vectors gathered at once: 64 MiB.
+_GATHERED = 1 << 24
+
 
 class Searcher:
-    """An immutable handle on an index and the vectors in it.
+    """An immutable handle on an index, the attributes of its items and what changed since it was built.
 
-    Every query gets exactly min(k, items not excluded) answers, best first, equal scores in the order of
-    `tie_rank`. Excluded items cost no recall: so many more are fetched, then dropped. Where an approximate index
-    still comes up short, or equal scores straddle what was fetched, that query is answered by exact search.
+    Every query gets exactly min(k, eligible items) answers, best first, equal scores in the order of `tie_rank`;
+    eligible are items that were not withdrawn, that meet the query's filter and that it does not exclude. Scores are
+    inner products of the float32 embeddings, whatever the index stores. Neither filters nor exclusions cost recall:
+    `planner.Planner` chooses the way by what it costs, and a query that an approximate index cannot fill is answered
+    by scoring every eligible item.
 
     Args:
-        index: a Faiss index whose labels are rows.
-        vectors: the embeddings in it, float32 `[N, D]`.
-        tie_rank: order among equal scores, int64 `[N]`.
+        backend: the index and the vectors in it.
+        tie_rank: order among equal scores, int64 `[N + A]`.
+        attributes: of the index's items; None refuses filters.
+        changes: since the index was built; None for none.
+        costs: of searching, to plan by; measured when first needed if not given.
     """
 
-    def __init__(self, index: faiss.Index, vectors: NDArray[np.float32], tie_rank: NDArray[np.int64]) -> None:
-        assert index.ntotal == len(vectors) == len(tie_rank)
-        assert index.d == vectors.shape[1]
-        self._index, self._vectors, self._tie_rank = index, vectors, tie_rank
+    def __init__(
+        self,
+        backend: IndexBackend,
+        tie_rank: NDArray[np.int64],
+        *,
+        attributes: Attributes | None = None,
+        changes: Changes | None = None,
+        costs: Costs | None = None,
+    ) -> None:
+        if changes is None:
+            nothing = np.empty((0, backend.width), np.float32)
+            changes = Changes(vectors=nothing, withdrawn=np.empty(0, np.int64), attributes=None)
+        count, added = backend.count, len(changes.vectors)
+        assert len(tie_rank) == count + added
+        assert changes.vectors.shape[1] == backend.width
+        assert attributes is None or len(attributes) == count
+        assert changes.attributes is None or len(changes.attributes) == added
+        self._backend, self._tie_rank = backend, tie_rank
+        self._planner = Planner(backend, costs)
+        withdrawn = np.asarray(changes.withdrawn, np.int64)
+        self._indexed = _Part(backend.vectors, attributes, alive(withdrawn, 0, count))
+        self._added = _Part(changes.vectors, changes.attributes, alive(withdrawn, count, count + added))
+
+    def with_changes(self, changes: Changes, tie_rank: NDArray[np.int64]) -> "Searcher":
+        """A searcher over the same index with these changes in place of its present ones; this one stays as it is.
+
+        Args:
+            changes: everything since the index was built.
+            tie_rank: order among equal scores, int64 `[N + A]`.
+
+        Raises:
+            InputError: the added items have not the attributes of the index's items.
+        """
+        attributes = self._indexed.attributes
+        if attributes is not None and len(changes.vectors):
+            given = changes.attributes.types if changes.attributes is not None else {}
+            for name, type_ in attributes.types.items():
+                if given.get(name) != type_:
+                    raise InputError(f"added items: attribute {name!r} must be of type {type_}, not {given.get(name)}")
+        changed = Searcher(self._backend, tie_rank, attributes=attributes, changes=changes)
+        changed._planner = self._planner
+        return changed
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        """Rows, withdrawn ones among them: N + A."""
+        return len(self._tie_rank)
 
     @property
     def width(self) -> int:
         """D of the embeddings."""
-        return int(self._vectors.shape[1])
+        return self._backend.width
+
+    def check(self, filter_: Filter) -> None:
+        """Whether a filter can be asked of the items.
+
+        Raises:
+            FilterError: there are no attributes, or the filter does not fit them.
+        """
+        self._indexed.check(filter_)
 
     def search(
-        self, queries: NDArray[np.float32], ks: Sequence[int], excluded: Sequence[NDArray[np.int64]] | None = None
-    ) -> SearchResult:
-        """Find the best items of each query.
+        self,
+        queries: NDArray[np.float32],
+        ks: Sequence[int],
+        excluded: Sequence[NDArray[np.int64]] | None = None,
+        filters: Sequence[Filter | None] | None = None,
+    ) -> Answers:
+        """Find the best eligible items of each query.
+
+        Queries with the same filter share their searches.
 
         Args:
             queries: finite user embeddings, float32 `[B, D]`.
             ks: answers wanted by each query, at least 1.
             excluded: rows that each query must not get, without repeats; None excludes nothing.
+            filters: what each query's answers must meet, None for anything; None for no filters.
 
         Returns:
             Answers `[B, max(ks)]`, −1 past the last answer of a query.
-        """
-        without = excluded if excluded is not None else [np.empty(0, np.int64)] * len(queries)
-        result = no_answers(len(queries), max(ks, default=0))
-        if len(queries) == 0 or len(self) == 0:
-            return result
-        # One more than needed shows whether the last place is shared by equal scores.
-        fetch = min(len(self), max(k + len(rows) for k, rows in zip(ks, without, strict=True)) + 1)
-        scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), fetch)
-        for b, (k, dropped) in enumerate(zip(ks, without, strict=True)):
-            found = self._answer(rows[b], scores[b], k, dropped)
-            if found is None:
-                exact = exact_search(self._vectors, queries[b : b + 1], [k], [dropped], self._tie_rank)
-                found = exact.rows[0], exact.scores[0]
-            count = len(found[0])
-            result.rows[b, :count], result.scores[b, :count] = found
-        return result
 
-    def _answer(
-        self, rows: NDArray[np.int64], scores: NDArray[np.float32], k: int, dropped: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-        """The answer to one query, or None if what was fetched does not determine it."""
-        keep = rows >= 0
-        if len(dropped):
-            keep &= ~np.isin(rows, dropped)
-        kept, kept_scores = rows[keep], scores[keep]
-        wanted = min(k, len(self) - len(dropped))
-        if len(kept) < wanted:
-            return None
-        fetched_all = len(rows) == len(self)
-        if wanted and not fetched_all and kept_scores[wanted - 1] == scores[-1]:
-            return None
-        return best_first(kept, kept_scores, wanted, self._tie_rank)
+        Raises:
+            FilterError: as `check`.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        batch = _Batch.of(queries, ks, excluded, len(self))
+        shape = len(queries), max(ks, default=0)
+        answers = Answers(
+            rows=np.full(shape, -1, np.int64),
+            scores=np.full(shape, -np.inf, np.float32),
+            plans=np.zeros(shape[0], np.int8),
+            eligible=np.zeros(shape[0], np.int64),
+        )
+        groups: dict[str, list[int]] = {}
+        for b, filter_ in enumerate(filters if filters is not None else [None] * len(queries)):
+            groups.setdefault(str(filter_), []).append(b)
+        for members in groups.values():
+            filter_ = filters[members[0]] if filters is not None else None
+            self._search_group(batch, np.array(members), filter_, answers)
+        return answers
+
+    def _search_group(
+        self, batch: "_Batch", members: NDArray[np.int64], filter_: Filter | None, answers: Answers
+    ) -> None:
+        """Answer the queries of one filter."""
+        indexed, added = (part.eligible(filter_) for part in (self._indexed, self._added))
+        lost_indexed = batch.excluded_of(indexed, 0, self._backend.count)
+        lost_added = batch.excluded_of(added, self._backend.count, len(self))
+        from_index = np.minimum(batch.ks, indexed.count - lost_indexed)
+        eligible = indexed.count + added.count - lost_indexed - lost_added
+        goal = _Goal(
+            indexed=indexed,
+            added=added,
+            from_index=from_index,
+            wanted=np.minimum(batch.ks, eligible),
+        )
+        answers.eligible[members] = eligible[members]
+        members = members[goal.wanted[members] > 0]
+        needs = depth_class(batch.ks + np.maximum(lost_indexed, lost_added) + _SPARE)
+        for need in np.unique(needs[members]).tolist():
+            pending = members[needs[members] == need]
+            step, spare, retry = self._planner.first(need, indexed.count), _SPARE, False
+            while len(pending):
+                fetch_added = added.count if retry else min(need, added.count)
+                settled = [
+                    self._attempt(batch, part, goal, step, fetch_added, spare, answers)
+                    for part in self._portions(pending, step.fetch + fetch_added)
+                ]
+                pending = pending[~np.concatenate(settled)]
+                step, spare, retry = self._planner.after(step, need, indexed.count), spare * _SPARE_GROWTH, True
+
+    def _portions(self, members: NDArray[np.int64], fetch: int) -> Iterator[NDArray[np.int64]]:
+        size = max(1, _GATHERED // (max(fetch, 1) * self.width))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+    def _attempt(
+        self,
+        batch: "_Batch",
+        members: NDArray[np.int64],
+        goal: "_Goal",
+        step: Step,
+        fetch_added: int,
+        spare: int,
+        answers: Answers,
+    ) -> NDArray[np.bool_]:
+        """Search once and write down the answers that this determines; which queries have one: bool `[members]`."""
+        queries = batch.queries[members]
+        found = self._fetch(queries, goal, step, fetch_added)
+        keep = found.rows >= 0
+        keep &= ~batch.excludes(members, found.rows)
+        if step.plan is Plan.INDEX:
+            keep &= goal.includes(np.maximum(found.rows, 0), self._backend.count)
+        wanted, from_index = goal.wanted[members], goal.from_index[members]
+        whole = step.plan is Plan.SCAN and step.fetch == goal.indexed.count and fetch_added == goal.added.count
+        width = found.rows.shape[1] if whole else min(found.rows.shape[1], int(wanted.max()) + spare)
+        kept = found.compact(keep, width)
+        full = np.count_nonzero(keep & (found.rows < self._backend.count), axis=1) >= from_index
+        full &= np.count_nonzero(kept.rows >= 0, axis=1) >= wanted
+        last = np.minimum(wanted, width) - 1
+        margin = _ROUNDING * np.linalg.norm(queries, axis=1)
+        settled = full & (np.take_along_axis(kept.scores, last[:, None], axis=1)[:, 0] > kept.cut + margin)
+        rows, scores = self._ordered(queries, kept.rows)
+        if step.plan is Plan.SELECTOR:
+            lowest = np.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+            settled &= ~self._planner.too_deep(queries, lowest, step, goal.indexed.count)
+        columns = np.arange(min(width, answers.rows.shape[1]))
+        answered = (columns < wanted[:, None]) & settled[:, None]
+        b, c = np.nonzero(answered)
+        answers.rows[members[b], c], answers.scores[members[b], c] = rows[b, c], scores[b, c]
+        answers.plans[members[settled]] = step.plan
+        return settled
+
+    def _fetch(self, queries: NDArray[np.float32], goal: "_Goal", step: Step, fetch_added: int) -> "_Candidates":
+        """Candidates of the index and of the added items, best first."""
+        cut = np.full(len(queries), -np.inf, np.float32)
+        parts = []
+        if step.fetch:
+            if step.plan is Plan.SCAN:
+                rows = goal.indexed.rows if goal.indexed.count < self._backend.count else None
+                parts.append(scan(self._backend.vectors, queries, step.fetch, rows))
+                limit = goal.indexed.count
+            else:
+                allowed = goal.indexed.bitmap if step.plan is Plan.SELECTOR else None
+                found = self._backend.search(queries, step.fetch, allowed=allowed, effort=step.effort)
+                parts.append((found.rows, found.scores))
+                limit = self._backend.count
+            if step.fetch < limit:
+                # Whatever was not fetched scores no better than the last that was; −∞ where there was no last.
+                np.copyto(cut, parts[0][1][:, -1], where=parts[0][0][:, -1] >= 0)
+        if fetch_added:
+            rows, scores = scan(self._added.vectors, queries, fetch_added, goal.added.rows)
+            parts.append((rows + self._backend.count, scores))
+            if fetch_added < goal.added.count:
+                cut = np.maximum(cut, scores[:, -1])
+        if len(parts) == 1:
+            return _Candidates(*parts[0], cut)
+        rows, scores = (np.hstack(columns) for columns in zip(*parts, strict=True))
+        order = np.argsort(-scores, axis=1, kind="stable")
+        return _Candidates(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1), cut)
+
+    def _ordered(
+        self, queries: NDArray[np.float32], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Candidates with their true scores, best first, equal ones by tie rank; −1 come last."""
+        gathered = np.asarray(self._backend.vectors[np.where(rows < self._backend.count, rows, 0)], np.float32)
+        added = np.nonzero(rows >= self._backend.count)
+        gathered[added] = self._added.vectors[rows[added] - self._backend.count]
+        # Not a matrix product: its rounding would depend on where in the matrix an item stands.
+        scores = np.einsum("bfd,bd->bf", gathered, queries)
+        scores[rows < 0] = -np.inf
+        unsure = np.flatnonzero((scores[:, 1:] >= scores[:, :-1]).any(axis=1))
+        if len(unsure):
+            order = np.lexsort((self._tie_rank[rows[unsure]], -scores[unsure]), axis=1)
+            rows = rows.copy()
+            rows[unsure] = np.take_along_axis(rows[unsure], order, axis=1)
+            scores[unsure] = np.take_along_axis(scores[unsure], order, axis=1)
+        return rows, scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some of the items: those of the index, or those added to it.
+
+    Attributes:
+        vectors: their embeddings.
+        attributes: theirs; None if they have none.
+        alive: those not withdrawn.
+    """
+
+    vectors: NDArray
+    attributes: Attributes | None
+    alive: Eligible
+
+    def check(self, filter_: Filter) -> None:
+        if self.attributes is None:
+            raise FilterError(f"filter {str(filter_)!r}: the catalogue has no attributes")
+        self.attributes.check(filter_)
+
+    def eligible(self, filter_: Filter | None) -> Eligible:
+        if filter_ is None or len(self.vectors) == 0:
+            return self.alive
+        self.check(filter_)
+        assert self.attributes is not None
+        compiled = self.attributes.compile(filter_)
+        if self.alive.count == len(self.vectors):
+            return compiled
+        return Eligible(compiled.bitmap & self.alive.bitmap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Goal:
+    """What the queries of one filter want.
+
+    Attributes:
+        indexed: eligible items of the index.
+        added: eligible added items.
+        from_index: how many answers the index must be able to give each query of the batch, int64 `[B]`.
+        wanted: how many answers each gets, int64 `[B]`.
+    """
+
+    indexed: Eligible
+    added: Eligible
+    from_index: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+
+    def includes(self, rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+        """Whether rows of the index are eligible; added ones among them are by how they were fetched."""
+        return (rows >= count) | in_bitmap(self.indexed.bitmap, np.where(rows < count, rows, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Fetched rows `[B, F]`, best first, −1 where there are none, and `cut` `[B]`: no row left out scores better."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    cut: NDArray[np.float32]
+
+    def compact(self, keep: NDArray[np.bool_], width: int) -> "_Candidates":
+        """The first `width` that are kept, `[B, width]`."""
+        place = np.cumsum(keep, axis=1) - 1
+        b, f = np.nonzero(keep & (place < width))
+        rows = np.full((len(keep), width), -1, np.int64)
+        scores = np.full((len(keep), width), -np.inf, np.float32)
+        rows[b, place[b, f]], scores[b, place[b, f]] = self.rows[b, f], self.scores[b, f]
+        cut = self.cut.copy()
+        b, f = np.nonzero(keep & (place == width))
+        cut[b] = np.maximum(cut[b], self.scores[b, f])
+        return _Candidates(rows, scores, cut)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Queries and what each excludes.
+
+    Attributes:
+        queries: `[B, D]`.
+        ks: answers wanted, int64 `[B]`.
+        owners: query of each excluded row, int64 `[X]`.
+        rows: the excluded rows, int64 `[X]`.
+        keys: owner · span + row, ascending, int64 `[X]`.
+        span: more than any row.
+    """
+
+    queries: NDArray[np.float32]
+    ks: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    span: int
+
+    @classmethod
+    def of(
+        cls,
+        queries: NDArray[np.float32],
+        ks: Sequence[int],
+        excluded: Sequence[NDArray[np.int64]] | None,
+        span: int,
+    ) -> "_Batch":
+        lists = excluded if excluded is not None else [np.empty(0, np.int64)] * len(queries)
+        assert len(lists) == len(ks) == len(queries)
+        owners = np.repeat(np.arange(len(queries)), [len(rows) for rows in lists])
+        rows = np.concatenate([*lists, np.empty(0, np.int64)]).astype(np.int64, copy=False)
+        keys = np.sort(owners * span + rows)
+        return cls(queries, np.asarray(ks, np.int64), owners, rows, keys, span)
+
+    def excluded_of(self, eligible: Eligible, begin: int, end: int) -> NDArray[np.int64]:
+        """How many of the eligible rows of `begin:end` each query excludes, int64 `[B]`."""
+        inside = (self.rows >= begin) & (self.rows < end)
+        owners = self.owners[inside][in_bitmap(eligible.bitmap, self.rows[inside] - begin)]
+        return np.bincount(owners, minlength=len(self.queries))
+
+    def excludes(self, members: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some queries' rows `[members, F]` they exclude."""
+        if len(self.keys) == 0:
+            return np.zeros(rows.shape, bool)
+        keys = members[:, None] * self.span + rows
+        places = np.minimum(np.searchsorted(self.keys, keys.ravel()), len(self.keys) - 1)
+        return (self.keys[places] == keys.ravel()).reshape(rows.shape)

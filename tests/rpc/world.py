@@ -12,8 +12,8 @@ from retrieval.data.dataset import Dataset
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo
 from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import item_vectors
-from retrieval.encoder.model import HSTUEncoder
 from retrieval.histories.dataset import DatasetHistories
 from retrieval.index.builder import build_index
 from retrieval.index.spec import IndexSpec

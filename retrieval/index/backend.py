@@ -1,0 +1,139 @@
+"""The seam between searching and what is searched: one protocol, and Faiss behind it."""
+
+import math
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.index.exact import prefer_products
+from retrieval.index.spec import IndexSpec
+from retrieval.types import SearchResult
+
+__all__ = ["FaissBackend", "IndexBackend"]
+
+# Its stubs know neither the keyword arguments of search parameters nor selectors made from arrays.
+_FAISS: Any = faiss
+
+
+class IndexBackend(Protocol):
+    """An index over N vectors of width D whose answers are rows.
+
+    Attributes:
+        spec: what was built.
+        vectors: the embeddings in it, `[N, D]`, possibly memory-mapped.
+        supports_allowed: whether a search can be restricted to some rows.
+        max_k: the most answers that a search gives; None for no limit.
+    """
+
+    spec: IndexSpec
+    vectors: NDArray
+    supports_allowed: bool
+    max_k: int | None
+
+    @property
+    def count(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    def search(
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        *,
+        allowed: NDArray[np.uint8] | None = None,
+        effort: float = 1.0,
+    ) -> SearchResult:
+        """The best rows of each query, as far as the index finds them.
+
+        Args:
+            queries: float32 `[B, D]`.
+            k: answers per query, at most `max_k`.
+            allowed: packed bitmap of the rows to look at, lowest bit first, uint8 `[ceil(N / 8)]`; None for all.
+            effort: how much harder to look than tuned; an exact index ignores it.
+
+        Returns:
+            Answers `[B, k]`, best first, −1 past the last.
+        """
+        ...
+
+
+class FaissBackend:
+    """A Faiss index whose labels are rows.
+
+    Args:
+        index: the index.
+        vectors: the embeddings in it, `[N, D]`.
+        spec: what it was built from.
+    """
+
+    max_k: int | None = None
+
+    def __init__(self, index: faiss.Index, vectors: NDArray, spec: IndexSpec) -> None:
+        assert vectors.shape == (index.ntotal, index.d)
+        self.spec, self.vectors, self._index = spec, vectors, index
+        self.supports_allowed = self._honours_a_selector()
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return int(self._index.ntotal)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self._index.d)
+
+    def search(
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        *,
+        allowed: NDArray[np.uint8] | None = None,
+        effort: float = 1.0,
+    ) -> SearchResult:
+        """As the protocol says."""
+        assert allowed is None or self.supports_allowed
+        parameters = None
+        if allowed is not None or effort != 1.0:
+            selector = _FAISS.IDSelectorBitmap(np.ascontiguousarray(allowed)) if allowed is not None else None
+            parameters = _parameters(self._index, selector, effort)
+        prefer_products(self.width)
+        scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
+        return SearchResult(rows=rows, scores=scores)
+
+    def _honours_a_selector(self) -> bool:
+        """Whether a search keeps to a selector: some indexes refuse one, and some ignore it without a word."""
+        if self.count == 0:
+            return False
+        one = np.zeros(math.ceil(self.count / 8), np.uint8)
+        one[0] = 1
+        try:
+            parameters = _parameters(self._index, _FAISS.IDSelectorBitmap(one), 1.0)
+            query = np.ones((1, self.width), np.float32)
+            _, rows = self._index.search(query, min(8, self.count), params=parameters)
+        except RuntimeError:
+            return False
+        return bool((rows <= 0).all())
+
+
+def _parameters(index: faiss.Index, selector: faiss.IDSelector | None, effort: float) -> Any:
+    """Search parameters of an index and the indexes inside it."""
+    index = faiss.downcast_index(index)
+    given = {} if selector is None else {"sel": selector}
+    if isinstance(index, faiss.IndexPreTransform):
+        return _FAISS.SearchParametersPreTransform(index_params=_parameters(index.index, selector, effort))
+    if isinstance(index, faiss.IndexRefine):
+        base = _parameters(index.base_index, selector, effort)
+        return _FAISS.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=base)
+    if isinstance(index, faiss.IndexIVF):
+        return _FAISS.SearchParametersIVF(nprobe=min(math.ceil(index.nprobe * effort), index.nlist), **given)
+    if isinstance(index, faiss.IndexHNSW):
+        return _FAISS.SearchParametersHNSW(efSearch=math.ceil(index.hnsw.efSearch * effort), **given)
+    return _FAISS.SearchParameters(**given)
