@@ -214,10 +214,11 @@ def _ask(address: str, dataset: "Dataset") -> list[_Answered]:
 def _print_report(data: _Input, report: "Report", version: str, answers: list[_Answered], out: Path) -> None:
     OUT.print()
     OUT.print(report_table(report, data.possible))
-    hstu, popular = report.row("HSTU").metrics["recall@10"], report.row("popularity").metrics["recall@10"]
-    times = f", {hstu.mean / popular.mean:.1f} times popularity" if popular.mean else ""
+    encoder = report.rows[0]
+    reached, popular = (row.metrics["recall@10"].mean for row in (encoder, report.row("popularity")))
+    times = f", {reached / popular:.1f} times popularity" if popular else ""
     of = f" of the {data.possible[10]:.3f} that is possible" if data.possible else ""
-    OUT.print(f"HSTU reached recall@10 {hstu.mean:.3f}{of}{times}.\n")
+    OUT.print(f"{encoder.ranker} reached recall@10 {reached:.3f}{of}{times}.\n")
     for answered in answers:
         OUT.print(f"User {answered.user}, answered by snapshot {version} in {answered.milliseconds:.1f} ms:")
         OUT.print(_side_by_side(answered, data.dataset))

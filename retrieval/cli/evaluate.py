@@ -74,6 +74,7 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec") -> "Repor
             partial(embed_users, encoder),
             vectors,
             encoder.config.max_length,
+            name=encoder.config.title,
             searcher=searcher,
             on_queries=lambda done, total: update(done, total, "users"),
         )

@@ -1,8 +1,8 @@
 """Configuration of the encoders. Presets are in `presets.py`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retrieval.config import Config
 
@@ -13,6 +13,7 @@ class _SequenceConfig(Config):
     """What all encoders have.
 
     Attributes:
+        title: the model's name in reports.
         num_items: N, rows of the item table.
         num_actions: rows of the action table; 0 leaves actions out of the tokens, as the published tables do.
         max_length: most recent events of a history that are read.
@@ -42,6 +43,8 @@ class HSTUConfig(_SequenceConfig):
         normalizer: what pointwise sums are divided by: a "constant", or the number of "visible" keys.
     """
 
+    title: ClassVar[str] = "HSTU"
+
     model: Literal["hstu"] = "hstu"
     num_heads: int = Field(default=1, ge=1)
     qk_dim: int = Field(default=50, ge=1)
@@ -61,26 +64,36 @@ class HSTUConfig(_SequenceConfig):
         return float(self.max_length + 11) if self.normalizer == "constant" else None
 
 
-class SASRecConfig(_SequenceConfig):
-    """Shape of a SASRec encoder (Kang, McAuley: "Self-attentive sequential recommendation", ICDM 2018).
+class _TransformerConfig(_SequenceConfig):
+    """What encoders of Transformer blocks have beside.
 
     Attributes:
         num_heads: attention heads of each layer; they divide the width.
         hidden: width inside the feed-forward networks.
     """
 
-    model: Literal["sasrec"] = "sasrec"
     num_heads: int = Field(default=1, ge=1)
     hidden: int = Field(default=50, ge=1)
 
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
+        return self
 
-class BERT4RecConfig(_SequenceConfig):
-    """Shape of a BERT4Rec encoder (Sun et al.: "BERT4Rec", CIKM 2019).
 
-    Attributes:
-        num_heads: attention heads of each layer; they divide the width.
-        hidden: width inside the feed-forward networks.
-    """
+class SASRecConfig(_TransformerConfig):
+    """Shape of a SASRec encoder (Kang, McAuley: "Self-attentive sequential recommendation", ICDM 2018)."""
+
+    title: ClassVar[str] = "SASRec"
+
+    model: Literal["sasrec"] = "sasrec"
+
+
+class BERT4RecConfig(_TransformerConfig):
+    """Shape of a BERT4Rec encoder (Sun et al.: "BERT4Rec", CIKM 2019)."""
+
+    title: ClassVar[str] = "BERT4Rec"
 
     model: Literal["bert4rec"] = "bert4rec"
     num_heads: int = Field(default=2, ge=1)
@@ -93,6 +106,8 @@ class GRU4RecConfig(_SequenceConfig):
     Attributes:
         hidden: width of the recurrent state.
     """
+
+    title: ClassVar[str] = "GRU4Rec"
 
     model: Literal["gru4rec"] = "gru4rec"
     num_layers: int = Field(default=1, ge=1)

@@ -1,22 +1,29 @@
 """What holds for every encoder behind the protocol."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from retrieval.config import Config
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from retrieval.encoder.config import BERT4RecConfig, EncoderConfig, GRU4RecConfig, HSTUConfig, SASRecConfig
+from retrieval.encoder.hstu import HSTUEncoder
+from retrieval.encoder.hstu_layer import HSTULayer
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.presets import PRESETS
 from retrieval.encoder.protocol import UserEncoder
+from retrieval.encoder.softmax_attention import softmax_attention
 from retrieval.errors import ConfigError
+from retrieval.kernels.hstu_attention import plan_attention
 from retrieval.types import JaggedBatch
 from tests.encoder.test_hstu import batch_of, row
 from tests.tolerances import assert_close
@@ -100,14 +107,14 @@ def test_bert_answers_at_a_mask_after_the_history() -> None:
     assert_close(torch.from_numpy(embed_users(encoder, batch)), expected.double(), "embedding", "forward")
 
 
-def test_bert_sees_both_ways_but_not_what_is_masked() -> None:
+def test_bert_sees_both_ways() -> None:
     encoder, batch = encoder_of("bert4rec"), batch_of([8])
     batch.items[3] = 30
     before = after_each(encoder, batch)
-    batch.items[6] = (batch.items[6] + 1) % 30
-    assert (before[3] - after_each(encoder, batch)[3]).abs().max() > 1e-3
-    batch.items[3] = 30
-    assert encoder.item_embedding.num_embeddings == 30  # there is no row to read at a mask
+    for neighbour in (1, 6):
+        items = batch.items.copy()
+        items[neighbour] = (items[neighbour] + 1) % 30
+        assert (before[3] - after_each(encoder, replace(batch, items=items))[3]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -152,6 +159,80 @@ def test_a_checkpoint_of_a_model_that_is_not_known_is_refused(tmp_path: Path) ->
         load_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_that_names_no_model_is_refused(tmp_path: Path) -> None:
+    info = CheckpointInfo(encoder=CONFIGS["gru4rec"], actions=("",), dataset="d", split={}, training={})
+    save_checkpoint(tmp_path, encoder_of("gru4rec"), info)
+    file = tmp_path / "encoder.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    del values["encoder"]["model"]
+    file.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"encoder\.json: encoder: .*'model'"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("config", [SASRecConfig, BERT4RecConfig])
+def test_heads_that_do_not_divide_the_width_are_refused(config: type[Config]) -> None:
+    with pytest.raises(ConfigError, match="num_heads 3 does not divide width 16"):
+        config.parse({**SHAPE, "num_heads": 3}, "encoder.json")
+
+
+@pytest.mark.parametrize(("model", "foreign"), [("sasrec", "qk_dim"), ("gru4rec", "num_heads"), ("hstu", "hidden")])
+def test_a_key_of_another_model_is_refused(model: str, foreign: str, tmp_path: Path) -> None:
+    info = CheckpointInfo(encoder=CONFIGS[model], actions=("",), dataset="d", split={}, training={})
+    save_checkpoint(tmp_path, encoder_of(model), info)
+    file = tmp_path / "encoder.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["encoder"][foreign] = 4
+    file.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{model}\.{foreign}"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("normalizer", ["constant", "visible"])
+@pytest.mark.parametrize("attention", ["pointwise", "softmax"])
+def test_an_hstu_layer_is_its_formula(
+    attention: Literal["pointwise", "softmax"], normalizer: Literal["constant", "visible"]
+) -> None:
+    """A token, a head and a key at a time, with the biases looked up one by one."""
+    torch.manual_seed(2)
+    config = HSTUConfig(**HSTU, attention=attention, normalizer=normalizer)
+    encoder, batch = HSTUEncoder(config).eval(), batch_of([6, 1, 4])
+    layer = encoder.layers[0]
+    assert isinstance(layer, HSTULayer)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    # Small values: the norm that follows would cancel the normaliser, were it not for its eps.
+    layer.uvqk.data[:, 14:28] *= 2e-3
+    pos_table, time_table = layer.pos_table, layer.time_table
+    assert pos_table is not None
+    assert time_table is not None
+    x = torch.randn(11, 16)
+    where = tensors(batch)
+    with torch.no_grad():
+        plan = plan_attention(
+            where.offsets, where.timestamps, where.query_times, time_bias=attention == "pointwise", backend="cpu"
+        )
+        out = layer(x, plan)
+        normed = functional.layer_norm(x, (16,), eps=1e-6)
+        u, v, q, k = functional.silu(normed @ layer.uvqk).split(layer.widths, dim=1)
+        attended = torch.zeros(11, 14)
+        for begin, end in ((0, 6), (6, 7), (7, 11)):
+            for i in range(begin, end):
+                seconds = (where.query_times[i] - where.timestamps[begin : i + 1]).clamp(min=1).double()
+                bias = pos_table[i - torch.arange(begin, i + 1)]
+                bias = bias + time_table[(seconds.log() / 0.301).floor().clamp(max=128).long()]
+                for head in range(2):
+                    scores = k[begin : i + 1, head * 5 : head * 5 + 5] @ q[i, head * 5 : head * 5 + 5]
+                    if attention == "softmax":
+                        weights = torch.softmax(scores / 5**0.5 + bias, 0)
+                    else:
+                        keys = i + 1 - begin if normalizer == "visible" else 12 + 11
+                        weights = functional.silu(scores + bias) / keys
+                    attended[i, head * 7 : head * 7 + 7] = weights @ v[begin : i + 1, head * 7 : head * 7 + 7]
+        expected = x + layer.output(u * functional.layer_norm(attended, (14,), eps=1e-6))
+    assert_close(out, expected.double(), "embedding", "forward")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_encoders_of_their_catalogue(preset: str) -> None:
     config = PRESETS[preset](num_items=7, num_actions=2)
@@ -162,8 +243,6 @@ def test_presets_are_encoders_of_their_catalogue(preset: str) -> None:
 
 def test_softmax_attention_is_its_formula() -> None:
     """One layer's attention, a row and a head at a time."""
-    from retrieval.encoder.softmax_attention import softmax_attention
-
     torch.manual_seed(1)
     offsets, scale = torch.tensor([0, 4, 4, 5, 9]), 6**-0.5
     q, k, v = (torch.randn(9, 2, width, dtype=torch.float64) for width in (6, 6, 3))
