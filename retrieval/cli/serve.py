@@ -25,6 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--histories", type=Path, metavar="DATASET", help="dataset whose users can be asked for by id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: 50051)")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="port of Prometheus metrics (default: none)")
     parser.add_argument("--poll-seconds", type=float, default=5, help="time between two looks at REGISTRY (default: 5)")
     add_device_option(parser)
     parser.set_defaults(run=run)
@@ -40,6 +41,7 @@ def run(parsed: argparse.Namespace) -> None:
         "registry": parsed.registry,
         "host": parsed.host,
         "port": parsed.port,
+        "metrics_port": parsed.metrics_port,
         "device": pick_device(parsed.device),
         "poll_seconds": parsed.poll_seconds,
     }

@@ -93,7 +93,7 @@ def bert4rec_ml1m(*, num_items: int, num_actions: int = 0) -> BERT4RecConfig:
 
 
 def gru4rec_ml1m(*, num_items: int, num_actions: int = 0) -> GRU4RecConfig:
-    """GRU4Rec on MovieLens-1M: D 50, one layer of 128 units."""
+    """GRU4Rec on MovieLens-1M: D 50 as its rivals, one layer of 128 units (our choice, not its paper's)."""
     return GRU4RecConfig(num_items=num_items, num_actions=num_actions)
 
 

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 class _Waiting(Generic[_Job]):
     job: _Job
     deadline: float | None
+    since: float
 
 
 class Batcher(Generic[_Job, _Answer]):
@@ -37,6 +38,7 @@ class Batcher(Generic[_Job, _Answer]):
         max_batch: jobs per run.
         capacity: calls in hand at once, waiting and running together.
         prepare_thread: called on the worker thread before its first run.
+        on_batch: called on the event loop when a batch begins, with the seconds that each of its jobs waited.
     """
 
     def __init__(
@@ -46,13 +48,25 @@ class Batcher(Generic[_Job, _Answer]):
         max_batch: int,
         capacity: int,
         prepare_thread: Callable[[], None] | None = None,
+        on_batch: Callable[[Sequence[float]], None] | None = None,
     ) -> None:
+        self._on_batch = on_batch
         self._run, self._max_batch, self._capacity = run, max_batch, capacity
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="encode-and-search", initializer=prepare_thread)
         # A dict is a queue from which a cancelled call can leave at once, wherever it stands.
         self._waiting: dict[asyncio.Future[_Answer], _Waiting[_Job]] = {}
         self._in_hand = 0
         self._busy = False
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for a batch."""
+        return len(self._waiting)
+
+    @property
+    def in_hand(self) -> int:
+        """Calls that hold a slot."""
+        return self._in_hand
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -82,7 +96,7 @@ class Batcher(Generic[_Job, _Answer]):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Answer] = loop.create_future()
-        self._waiting[future] = _Waiting(job, deadline)
+        self._waiting[future] = _Waiting(job, deadline, loop.time())
         if not self._busy:
             self._busy = True
             # Calls that the loop has read in this same turn join the batch.
@@ -103,6 +117,7 @@ class Batcher(Generic[_Job, _Answer]):
     def _take(self, now: float) -> tuple[list[asyncio.Future[_Answer]], list[_Job]]:
         futures: list[asyncio.Future[_Answer]] = []
         jobs: list[_Job] = []
+        waits: list[float] = []
         while self._waiting and len(jobs) < self._max_batch:
             future = next(iter(self._waiting))
             waiting = self._waiting.pop(future)
@@ -113,6 +128,9 @@ class Batcher(Generic[_Job, _Answer]):
                 continue
             futures.append(future)
             jobs.append(waiting.job)
+            waits.append(now - waiting.since)
+        if jobs and self._on_batch is not None:
+            self._on_batch(waits)
         return futures, jobs
 
     def _run_each_safely(self, jobs: list[_Job]) -> Sequence[_Answer | Exception]:

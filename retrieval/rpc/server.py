@@ -5,19 +5,22 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+from wsgiref.simple_server import WSGIServer
 
 import faiss
 import grpc
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
 from pydantic import Field
 
 from retrieval.config import Config
@@ -26,12 +29,13 @@ from retrieval.histories.store import HistoryStore
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.batcher import Batcher
 from retrieval.rpc.convert import embed_request_from, embedded_to, retrieve_request_from, retrieved_to, state_to
+from retrieval.rpc.metrics import Metrics
 from retrieval.rpc.prepare import Limits
 from retrieval.rpc.reload import Reloader
 from retrieval.rpc.requests import Embedded, EmbedRequest, Retrieved, RetrieveRequest, StoredUser
 from retrieval.rpc.service import Answer, Prepared, RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
-from retrieval.rpc.status import status_of
+from retrieval.rpc.status import reason_of, status_of
 from retrieval.snapshot.registry import Registry
 
 __all__ = ["SERVICE", "Server", "ServerConfig", "run_server", "running_server"]
@@ -52,6 +56,7 @@ class ServerConfig(Config):
         registry: folder of snapshots to follow; it may be empty or missing at the start.
         host: address to listen on; the default is reachable from this machine only, since there is no encryption.
         port: port to listen on; 0 takes a free one.
+        metrics_port: port of the Prometheus metrics, on the same host; 0 takes a free one, None serves none.
         device: where the encoder runs: "cpu", "cuda", "cuda:1".
         threads: CPU threads of encoding and searching; None leaves one core to the event loop. Without that, threads
             that wait for each other on a busy core make calls many times slower.
@@ -66,6 +71,7 @@ class ServerConfig(Config):
     registry: Path
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
     poll_seconds: float = Field(default=5.0, gt=0)
@@ -86,13 +92,18 @@ class Server:
 
     def __init__(self, config: ServerConfig, histories: HistoryStore | None = None) -> None:
         self._config = config
-        self._service = RetrievalService(histories, config.limits)
+        self._metrics = Metrics()
+        self._service = RetrievalService(histories, config.limits, metrics=self._metrics)
         self._batcher: Batcher[Prepared, Answer] = Batcher(
             self._service.answer,
             max_batch=config.max_batch,
             capacity=config.capacity,
             prepare_thread=partial(_limit_threads, config.threads),
+            on_batch=self._metrics.batch,
         )
+        self._metrics.waiting.set_function(lambda: self._batcher.waiting)
+        self._metrics.in_hand.set_function(lambda: self._batcher.in_hand)
+        self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
         self._reloader = Reloader(
             Registry(config.registry),
@@ -118,14 +129,24 @@ class Server:
     @property
     def address(self) -> str:
         """HOST:PORT that a client on this machine can use."""
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        return f"{host}:{self._port}"
+        return f"{self._host}:{self._port}"
+
+    @property
+    def _host(self) -> str:
+        return f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+
+    @property
+    def metrics_address(self) -> str | None:
+        """HOST:PORT of the Prometheus metrics; None if none are served."""
+        if self._scrapes is None:
+            return None
+        return f"{self._host}:{self._scrapes[0].server_port}"
 
     async def start(self) -> None:
         """Listen, then try once to load the live snapshot; afterwards the registry is followed.
 
         Raises:
-            InputError: the port is taken or the host is not this machine's.
+            InputError: a port is taken or the host is not this machine's.
         """
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -134,12 +155,24 @@ class Server:
             self._port = self._grpc.add_insecure_port(self.address)
         except RuntimeError:
             raise InputError(f"{self.address}: cannot listen there; is the port taken by another server?") from None
+        self._serve_metrics()
         await self._grpc.start()
         _log.info("listening on %s", self.address)
         await self._reloader.check()
         self._following = asyncio.create_task(self._reloader.follow())
 
-    async def _announce(self, _: ServingSnapshot) -> None:
+    def _serve_metrics(self) -> None:
+        port = self._config.metrics_port
+        if port is None:
+            return
+        try:
+            self._scrapes = start_http_server(port, self._config.host, self._metrics.registry)
+        except OSError as error:
+            raise InputError(f"{self._host}:{port}: cannot serve metrics there ({error.strerror})") from None
+        _log.info("metrics at http://%s/metrics", self.metrics_address)
+
+    async def _announce(self, serving: ServingSnapshot) -> None:
+        self._metrics.snapshot(serving.version, serving.snapshot.manifest.created)
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
@@ -152,37 +185,49 @@ class Server:
         self._reloader.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._batcher.close()
+        if self._scrapes is not None:
+            server, thread = self._scrapes
+            server.shutdown()
+            server.server_close()
+            thread.join()
         _log.info("stopped")
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         methods = {
-            "Retrieve": _unary(self._retrieve, pb.RetrieveRequest),
-            "EmbedUsers": _unary(self._embed_users, pb.EmbedUsersRequest),
-            "GetServingState": _unary(self._serving_state, pb.GetServingStateRequest),
+            "Retrieve": self._retrieve,
+            "EmbedUsers": self._embed_users,
+            "GetServingState": self._serving_state,
         }
         assert set(methods) == set(_DESCRIPTOR.methods_by_name)
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        handlers = {name: _unary(name, method, self._metrics) for name, method in methods.items()}
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    async def _retrieve(self, message: pb.RetrieveRequest, context: grpc.aio.ServicerContext) -> pb.RetrieveResponse:
-        answer, serving = await self._answer(retrieve_request_from(message), context)
+    async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        start = time.perf_counter()
+        request = retrieve_request_from(_parsed(pb.RetrieveRequest, content))
+        answer, serving = await self._answer(request, context, start)
         assert isinstance(answer, Retrieved)
-        return retrieved_to(answer, string_ids=serving.string_ids)
+        if answer.shortfall:
+            self._metrics.fell_short()
+        with self._metrics.stage("answer"):
+            return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
 
-    async def _embed_users(
-        self, message: pb.EmbedUsersRequest, context: grpc.aio.ServicerContext
-    ) -> pb.EmbedUsersResponse:
-        answer, _ = await self._answer(embed_request_from(message), context)
+    async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        start = time.perf_counter()
+        request = embed_request_from(_parsed(pb.EmbedUsersRequest, content))
+        answer, _ = await self._answer(request, context, start)
         assert isinstance(answer, Embedded)
-        return embedded_to(answer)
+        with self._metrics.stage("answer"):
+            return embedded_to(answer).SerializeToString()
 
-    async def _serving_state(
-        self, message: pb.GetServingStateRequest, context: grpc.aio.ServicerContext
-    ) -> pb.GetServingStateResponse:
-        return state_to(self._service.state(self._reloader.live))
+    async def _serving_state(self, content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        _parsed(pb.GetServingStateRequest, content)
+        return state_to(self._service.state(self._reloader.live)).SerializeToString()
 
     async def _answer(
-        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext
+        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float
     ) -> tuple[Answer, ServingSnapshot]:
+        """Answer a request that began to be decoded at `start`."""
         loop = asyncio.get_running_loop()
         remaining = context.time_remaining()
         deadline = loop.time() + remaining if remaining is not None else None
@@ -193,6 +238,7 @@ class Server:
                 prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request)
             else:
                 prepared = self._service.prepare(serving, request)
+            self._metrics.took("decode", time.perf_counter() - start)
             return await self._batcher.submit(prepared, deadline), serving
 
 
@@ -206,27 +252,36 @@ def _limit_threads(threads: int | None) -> None:
     faiss.omp_set_num_threads(threads)
 
 
-def _unary(method: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler:
-    """A handler that ends every failure with a status of `rpc.status`, bytes that are no message included."""
+_Message = TypeVar("_Message", bound=Message)
 
-    def parse(content: bytes) -> Any:
-        try:
-            return request.FromString(content)
-        except DecodeError:
-            return None
 
-    async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
+def _parsed(kind: type[_Message], content: bytes) -> _Message:
+    try:
+        return kind.FromString(content)
+    except DecodeError:
+        raise InvalidRequestError("request", f"is not a {kind.DESCRIPTOR.full_name} message") from None
+
+
+def _unary(
+    name: str, method: Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]], metrics: Metrics
+) -> grpc.RpcMethodHandler:
+    """A handler from bytes to bytes that counts its calls and ends every failure with a status of `rpc.status`."""
+
+    async def call(content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         try:
-            if message is None:
-                raise InvalidRequestError("request", f"is not a {request.DESCRIPTOR.full_name} message")
-            return await method(message, context)
+            answer = await method(content, context)
+            code = grpc.StatusCode.OK
+            return answer
         except Exception as error:
             status = status_of(error)
+            code = status.code
+            metrics.rejected(reason_of(error))
+        finally:
+            metrics.call(name, code.name, time.perf_counter() - start)
         await context.abort(status.code, status.details, status.trailing_metadata)
 
-    return grpc.unary_unary_rpc_method_handler(
-        call, request_deserializer=parse, response_serializer=lambda message: message.SerializeToString()
-    )
+    return grpc.unary_unary_rpc_method_handler(call)
 
 
 async def _serve(

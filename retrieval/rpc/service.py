@@ -14,6 +14,7 @@ from retrieval.data.sequences import gather_histories
 from retrieval.errors import UnknownUserError
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc.errors import NoHistoriesError
+from retrieval.rpc.metrics import Metrics
 from retrieval.rpc.prepare import (
     Known,
     Limits,
@@ -54,6 +55,7 @@ class RetrievalService:
         histories: stored histories; None refuses requests that name a stored user.
         limits: what a call may ask for.
         clock: seconds since 1970 (UTC), for requests without a time.
+        metrics: where the times of encoding and searching go; None keeps them nowhere that anyone reads.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class RetrievalService:
         histories: HistoryStore | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
     ) -> None:
         self._histories = histories
         self._limits = limits if limits is not None else Limits()
         self._clock = clock
+        self._metrics = metrics if metrics is not None else Metrics()
 
     def state(self, serving: ServingSnapshot) -> ServingState:
         """What is served."""
@@ -128,11 +132,13 @@ class RetrievalService:
             places.setdefault(id(one.serving), []).append(place)
         for group in places.values():
             serving = prepared[group[0]].serving
-            answers.update(zip(group, _answer(serving, [prepared[place] for place in group]), strict=True))
+            answers.update(
+                zip(group, _answer(serving, [prepared[place] for place in group], self._metrics), strict=True)
+            )
         return [answers[place] for place in range(len(prepared))]
 
 
-def _answer(serving: ServingSnapshot, batch: Sequence[Prepared]) -> list[Answer]:
+def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metrics) -> list[Answer]:
     """Answers of one snapshot: all users of the batch encoded together, then all searches together."""
     users: list[UserEvents] = []
     for one in batch:
@@ -140,7 +146,8 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared]) -> list[Answer]
             users += one.users
         elif isinstance(one.user, UserEvents):
             users.append(one.user)
-    embedded = iter(_embed(serving, users))
+    with metrics.stage("encode"):
+        embedded = iter(_embed(serving, users))
     answers: list[Answer | None] = []
     searches: list[PreparedRetrieve] = []
     queries: list[NDArray[np.float32]] = []
@@ -155,7 +162,8 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared]) -> list[Answer]
         answers.append(None)
         searches.append(one)
         queries.append(query)
-    found = iter(_search(serving, searches, queries))
+    with metrics.stage("search"):
+        found = iter(_search(serving, searches, queries))
     return [answer if answer is not None else next(found) for answer in answers]
 
 

@@ -10,7 +10,7 @@ from grpc_status import rpc_status
 from retrieval.errors import InvalidRequestError, NoSnapshotError, RetrievalError, UnknownUserError
 from retrieval.rpc.errors import DeadlineError, NoHistoriesError, OverloadedError, ServerFaultError, UnavailableError
 
-__all__ = ["DOMAIN", "error_of", "status_of"]
+__all__ = ["DOMAIN", "error_of", "reason_of", "status_of"]
 
 DOMAIN = "retrieval.v1"
 
@@ -35,6 +35,11 @@ def _packed(*details: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest
         box.Pack(detail)
         packed.append(box)
     return packed
+
+
+def reason_of(error: Exception) -> str:
+    """The ErrorInfo.reason that a failed call ends with."""
+    return next((reason for kind, _, reason in _TABLE if isinstance(error, kind)), "INTERNAL")
 
 
 def status_of(error: Exception) -> grpc.Status:

@@ -1,0 +1,94 @@
+"""What a server tells Prometheus. One object per server, so that servers in one process do not mix their figures."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["Metrics", "Stage"]
+
+Stage = Literal["decode", "queue", "encode", "search", "answer"]
+
+_STAGES: tuple[Stage, ...] = ("decode", "queue", "encode", "search", "answer")
+# Seconds: from a validated embedding query to a call that has missed every page's budget.
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counters, histograms and gauges; docs/service.md lists them. Any thread may use it.
+
+    Attributes:
+        registry: what a scrape reads.
+        waiting: calls that wait for the worker.
+        in_hand: calls that have been admitted and not yet answered.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._calls = Counter(
+            "retrieval_calls", "Calls that ended, by gRPC status.", ["method", "code"], registry=self.registry
+        )
+        self._call_seconds = Histogram(
+            "retrieval_call_seconds", "From request bytes to answer.", ["method"], buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        stages = Histogram(
+            "retrieval_stage_seconds", "Time by stage: encode and search per batch, the others per call.", ["stage"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        # Looked up once: `labels` costs more than the observation.
+        self._stages = {stage: stages.labels(stage) for stage in _STAGES}
+        self._batch_sizes = Histogram(
+            "retrieval_batch_size", "Calls per batch.", buckets=_BATCH_SIZES, registry=self.registry
+        )
+        self._rejections = Counter(
+            "retrieval_rejections", "Calls refused, by ErrorInfo.reason.", ["reason"], registry=self.registry
+        )
+        self._shortfalls = Counter("retrieval_shortfalls", "Answers with fewer than k items.", registry=self.registry)
+        self.waiting = Gauge("retrieval_waiting_calls", "Calls that wait for the worker.", registry=self.registry)
+        self.in_hand = Gauge("retrieval_calls_in_hand", "Calls admitted and not yet answered.", registry=self.registry)
+        self._snapshot = Gauge("retrieval_snapshot", "1 for the live snapshot.", ["version"], registry=self.registry)
+        self._created = math.nan
+        age = Gauge("retrieval_snapshot_age_seconds", "Since the live snapshot was written.", registry=self.registry)
+        age.set_function(lambda: time.time() - self._created)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Time the block; one that fails is not observed."""
+        start = time.perf_counter()
+        yield
+        self.took(stage, time.perf_counter() - start)
+
+    def took(self, stage: Stage, seconds: float) -> None:
+        """A stage took so long."""
+        self._stages[stage].observe(seconds)
+
+    def batch(self, waits: Sequence[float]) -> None:
+        """A batch begins; `waits` has the seconds that each of its calls waited for it."""
+        self._batch_sizes.observe(len(waits))
+        for seconds in waits:
+            self.took("queue", seconds)
+
+    def call(self, method: str, code: str, seconds: float) -> None:
+        """A call ended with the gRPC status of this name."""
+        self._calls.labels(method, code).inc()
+        self._call_seconds.labels(method).observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """A call was refused; `reason` as in its ErrorInfo."""
+        self._rejections.labels(reason).inc()
+
+    def fell_short(self) -> None:
+        """An answer has fewer than k items."""
+        self._shortfalls.inc()
+
+    def snapshot(self, version: str, created: str) -> None:
+        """Another snapshot is live; `created` is ISO 8601, UTC."""
+        self._created = datetime.fromisoformat(created).timestamp()
+        self._snapshot.clear()
+        self._snapshot.labels(version).set(1)
