@@ -280,6 +280,7 @@ def _unary(
         finally:
             metrics.call(name, code.name, time.perf_counter() - start)
         await context.abort(status.code, status.details, status.trailing_metadata)
+        raise AssertionError("abort always raises")
 
     return grpc.unary_unary_rpc_method_handler(call)
 

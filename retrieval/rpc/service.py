@@ -146,8 +146,7 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metric
             users += one.users
         elif isinstance(one.user, UserEvents):
             users.append(one.user)
-    with metrics.stage("encode"):
-        embedded = iter(_embed(serving, users))
+    embedded = iter(_embed(serving, users, metrics))
     answers: list[Answer | None] = []
     searches: list[PreparedRetrieve] = []
     queries: list[NDArray[np.float32]] = []
@@ -162,12 +161,11 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metric
         answers.append(None)
         searches.append(one)
         queries.append(query)
-    with metrics.stage("search"):
-        found = iter(_search(serving, searches, queries))
+    found = iter(_search(serving, searches, queries, metrics))
     return [answer if answer is not None else next(found) for answer in answers]
 
 
-def _embed(serving: ServingSnapshot, users: Sequence[UserEvents]) -> NDArray[np.float32]:
+def _embed(serving: ServingSnapshot, users: Sequence[UserEvents], metrics: Metrics) -> NDArray[np.float32]:
     """Embeddings `[B, D]`; zeros for a user without events."""
     embeddings = np.zeros((len(users), serving.snapshot.searcher.width), np.float32)
     filled = [place for place, user in enumerate(users) if len(user.rows)]
@@ -182,7 +180,8 @@ def _embed(serving: ServingSnapshot, users: Sequence[UserEvents]) -> NDArray[np.
         ends = np.cumsum([len(user.rows) for user in chunk])
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
         times = np.array([user.request_time for user in chunk], np.int64)
-        embeddings[places] = serving.embed(gather_histories(events, starts, ends, times, serving.max_length))
+        with metrics.stage("encode"):
+            embeddings[places] = serving.embed(gather_histories(events, starts, ends, times, serving.max_length))
     return embeddings
 
 
@@ -199,13 +198,17 @@ def _embedded(
 
 
 def _search(
-    serving: ServingSnapshot, searches: Sequence[PreparedRetrieve], queries: Sequence[NDArray[np.float32]]
+    serving: ServingSnapshot,
+    searches: Sequence[PreparedRetrieve],
+    queries: Sequence[NDArray[np.float32]],
+    metrics: Metrics,
 ) -> list[Retrieved]:
     if not searches:
         return []
     searcher = serving.snapshot.searcher
     ks = [min(one.k, len(searcher)) for one in searches]
-    result = searcher.search(np.stack(queries), ks, [one.excluded for one in searches])
+    with metrics.stage("search"):
+        result = searcher.search(np.stack(queries), ks, [one.excluded for one in searches])
     answers = []
     for one, rows, scores in zip(searches, result.rows, result.scores, strict=True):
         count = int(np.count_nonzero(rows >= 0))
