@@ -89,7 +89,7 @@ def _prepare(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> Tensor
 
 @_prepare.register_fake
 def _(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> Tensor:
-    return timestamps.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+    return timestamps.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=hstu_attention_cpu.bucket_type())
 
 
 @torch.library.custom_op("retrieval::hstu_attention", mutates_args=())

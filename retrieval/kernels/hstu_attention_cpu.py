@@ -1,4 +1,8 @@
-"""HSTU attention on a CPU: rows of similar length are padded together and worked off in blocks of queries.
+"""HSTU attention on a CPU.
+
+The compiled kernel of `hstu_attention_native` does what training and serving mostly ask for. The rest (a contextual
+prefix, targets, float64, a machine without a compiler) is done here in torch operations: rows of similar length are
+padded together and worked off in blocks of queries.
 
 A step is one block of queries of one group of rows, with all keys up to the block's end: it skips most of what
 causality masks, and its scores stay in the cache. Nothing of size N × N outlives a step but the time buckets, one
@@ -9,21 +13,23 @@ Legend: see `hstu_attention.py`; R rows of a group, M queries of a step, N their
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from retrieval.kernels import hstu_attention_native as native
 from retrieval.kernels.hstu_attention_reference import UNBOUNDED, distances, visible, visible_counts
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS, time_bucket
 
-__all__ = ["Masks", "backward", "forward", "prepare"]
+__all__ = ["Masks", "backward", "bucket_type", "forward", "prepare"]
 
 # Scores that one step holds at once: they should stay in the L2 cache (1 MiB of float32).
 _SCORES_PER_STEP = 1 << 18
 # Queries of a step: fewer skip more of what causality masks, more make better matrix products.
 _QUERIES_PER_STEP = 64
-# Time buckets that a prepared batch keeps, int32 (128 MiB).
+# Time buckets that a prepared batch keeps, int32 (128 MiB) or uint8.
 _MOST_BUCKETS = 1 << 25
 
 
@@ -133,9 +139,20 @@ def _block_buckets(group: _Group, first: int, end: int, keys: slice, times: Tens
     return time_bucket(tq - t).view(-1)
 
 
+def bucket_type() -> torch.dtype:
+    """Type of the buckets that `prepare` makes; each implementation has its own layout of them."""
+    return torch.uint8 if native.available() else torch.int32
+
+
 def prepare(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> Tensor:
-    """Time buckets of all pairs that causality leaves, step after step; empty where they would be too many."""
+    """Time buckets of all pairs that causality leaves; empty where they would be too many."""
     offsets = offsets.cpu()
+    if native.available():
+        lengths = offsets.diff()
+        pairs = int((lengths * (lengths + 1) // 2).sum())
+        if pairs > _MOST_BUCKETS:
+            return torch.empty(0, dtype=torch.uint8)
+        return native.time_buckets((offsets, timestamps, query_times), pairs)
     steps = [(group, first, end) for group in _groups(offsets) for first, end in group.blocks()]
     total = sum(len(group.rows) * (end - first) * end for group, first, end in steps)
     if total > _MOST_BUCKETS:
@@ -147,6 +164,26 @@ def prepare(offsets: Tensor, timestamps: Tensor, query_times: Tensor) -> Tensor:
         buckets[start : start + len(part)] = part
         start += len(part)
     return buckets
+
+
+def _compiled(q: Tensor, masks: Masks) -> bool:
+    """Whether the compiled kernel does this case."""
+    plain = not masks.contextual and masks.num_targets is None
+    return plain and _working_type(q) == torch.float32 and native.available()
+
+
+def _kept(prepared: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Prepared buckets, if there are any in the layout that goes with this type."""
+    return prepared if prepared is not None and prepared.dtype == dtype and len(prepared) else None
+
+
+def _check_table(pos_table: Tensor | None, longest: int) -> None:
+    if pos_table is not None and len(pos_table) < longest:
+        raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is too short for a row of {longest}")
+
+
+def _longest(offsets: Tensor) -> int:
+    return int(offsets.diff().max()) if len(offsets) > 1 else 0
 
 
 class _Batch:
@@ -165,10 +202,8 @@ class _Batch:
         self.offsets, self.timestamps, self.query_times, self.masks = offsets.cpu(), timestamps, query_times, masks
         self.pos, self.time = (None if table is None else table.detach().to(dtype) for table in tables)
         # Prepared buckets are laid out for keys from the row's first to the block's end.
-        self.prepared = prepared if prepared is not None and len(prepared) and not masks.contextual else None
-        longest = int(self.offsets.diff().max()) if len(self.offsets) > 1 else 0
-        if self.pos is not None and len(self.pos) < longest:
-            raise ValueError(f"hstu_attention: pos_table {tuple(self.pos.shape)} is too short for a row of {longest}")
+        self.prepared = None if masks.contextual else _kept(prepared, torch.int32)
+        _check_table(self.pos, _longest(self.offsets))
 
     def groups(self) -> Iterator[tuple[_Group, Iterator[_Step]]]:
         """Each group with its steps; the steps must be used up before the next group is taken."""
@@ -236,6 +271,16 @@ def _scores(step: _Step, q: Tensor, k: Tensor, alpha: float) -> Tensor:
     return torch.baddbmm(step.bias, q, k.mT, alpha=alpha)
 
 
+class _Options(TypedDict):
+    norm: float | None
+    alpha: float
+    window: int
+
+
+def _options(masks: Masks) -> _Options:
+    return {"norm": masks.norm, "alpha": masks.alpha, "window": masks.window}
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -246,6 +291,9 @@ def forward(
     prepared: Tensor | None,
 ) -> Tensor:
     """`hstu_attention`; `where` is offsets, timestamps and query times, `tables` those of position and time."""
+    if _compiled(q, masks):
+        _check_table(tables[0], _longest(where[0]))
+        return native.forward(q, k, v, where, tables, _kept(prepared, torch.uint8), **_options(masks))
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     dtype = _working_type(q)
     batch = _Batch(*where, tables, masks, prepared, dtype)
@@ -273,6 +321,10 @@ def backward(
     prepared: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and of both tables; scores are computed again."""
+    if _compiled(q, masks):
+        longest, buckets = _longest(where[0]), _kept(prepared, torch.uint8)
+        _check_table(tables[0], longest)
+        return native.backward(dout, q, k, v, where, tables, buckets, **_options(masks), longest=longest)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dtype = _working_type(q)
     dpos, dtime = (None if table is None else torch.zeros(len(table), dtype=dtype) for table in tables)

@@ -1,5 +1,6 @@
 """CPU implementation and reference of HSTU attention: forward and every gradient, on awkward batches."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retrieval.kernels import hstu_attention_cpu as module
+from retrieval.kernels import hstu_attention_native, native
 from retrieval.kernels.hstu_attention import hstu_attention, hstu_attention_reference, plan_attention
 from retrieval.kernels.hstu_attention_reference import UNBOUNDED, visible, visible_counts
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
@@ -19,6 +21,17 @@ from tests.tolerances import assert_close, assert_close_by_rule
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "torch":
+        monkeypatch.setenv("RETRIEVAL_NATIVE", "0")
+    native.library.cache_clear()
+    if request.param == "compiled" and not hstu_attention_native.available():
+        pytest.skip("no C++ compiler")
+    yield
+    native.library.cache_clear()
 
 
 def check(problem: Problem, dtype: torch.dtype, tables: str = "pt", **options: Any) -> None:
