@@ -1,5 +1,6 @@
-"""`gated_norm` in a few passes of torch; the mask comes from numpy's Philox.
+"""`gated_norm` on a CPU: the compiled kernel if there is one, else (and for float64) a few passes of torch.
 
+The mask of either is numpy's Philox.
 Torch draws its dropout mask with a serial Mersenne Twister. Numpy's Philox4x64-10 takes a quarter of the time and
 numbers its blocks, which is what lets a GPU draw the same mask; its stream is fixed by numpy's policy (NEP 19).
 """
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval.kernels import gated_norm_native as native
 from retrieval.kernels.gated_norm_reference import EPS, LANES, drop_threshold
 
 __all__ = ["backward_cpu", "forward_cpu"]
@@ -21,6 +23,8 @@ _ELEMENTS_PER_STEP = 1 << 16
 
 def forward_cpu(x: Tensor, u: Tensor, seed: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and 1/σ; see `gated_norm`."""
+    if native.available(x.dtype):
+        return native.forward(x, u, seed, p)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if p == 0:
         normed, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[1:], None, None, EPS)
@@ -38,6 +42,8 @@ def backward_cpu(
     dy: Tensor, x: Tensor, u: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor, p: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and u; see `gated_norm`."""
+    if native.available(x.dtype):
+        return native.backward(dy, x, u, mean, rstd, seed, p)
     wide = mean.dtype
     dx, du = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     for part in _steps(x.shape):

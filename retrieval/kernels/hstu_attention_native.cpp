@@ -12,8 +12,9 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
-#include <thread>
 #include <vector>
+
+#include "native_threads.h"
 
 namespace {
 
@@ -171,14 +172,10 @@ void in_parallel(const Problem& p, const std::vector<Row>& rows, int64_t per_row
   const int64_t pairs = rows.empty() ? 0 : rows.back().pairs_before + rows.back().length * (rows.back().length + 1) / 2;
   const int64_t threads = std::min({p.threads, tasks, 1 + pairs * per_row / PAIRS_PER_THREAD});
   std::atomic<int64_t> next{0};
-  const auto run = [&] {
+  on_threads(threads, [&](int64_t) {
     auto worker = make_worker();
     for (int64_t t = next++; t < tasks; t = next++) worker(order[t / per_row], t % per_row);
-  };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) others.emplace_back(run);
-  run();
-  for (auto& other : others) other.join();
+  });
 }
 
 // One row and head, laid out for the products; grows to the longest row that a thread meets.

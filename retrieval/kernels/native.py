@@ -18,7 +18,8 @@ from pathlib import Path
 
 __all__ = ["library"]
 
-_SOURCE = Path(__file__).with_name("hstu_attention_native.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def library() -> ctypes.CDLL | None:
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
-        _log.warning("no C++ compiler: HSTU attention on the CPU runs in torch operations, several times slower")
+        _log.warning("no C++ compiler: kernels on the CPU run in torch operations, about twice as slow")
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
@@ -39,34 +40,35 @@ def library() -> ctypes.CDLL | None:
         reason = (error.stderr.strip().splitlines() or [str(error)])[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
-    _log.warning("HSTU attention on the CPU runs in torch operations, several times slower: %s", reason)
+    _log.warning("kernels on the CPU run in torch operations, about twice as slow: %s", reason)
     return None
 
 
 def _compiled(compiler: str) -> Path:
     """Path of the library, built if the cache has none for this source, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\n".join([_SOURCE.read_text("utf-8"), *_FLAGS, version, _processor()]).encode()).hexdigest()
+    texts = [file.read_text("utf-8") for file in (*_SOURCES, _FOLDER / "native_threads.h")]
+    key = hashlib.sha256("\n".join([*texts, *_FLAGS, version, _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         # No place to keep it: every process builds its own.
         folder = Path(tempfile.mkdtemp(prefix="retrieval-"))
-    target = folder / f"{_SOURCE.stem}-{key[:16]}.so"
+    target = folder / f"kernels-{key[:16]}.so"
     if target.exists():
         return target
     begun = time.perf_counter()
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as unfinished:
         pass
     try:
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", unfinished.name]
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", unfinished.name]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         # Whoever builds it beside us builds the same.
         os.replace(unfinished.name, target)
     finally:
         Path(unfinished.name).unlink(missing_ok=True)
-    _log.info("compiled %s in %.1f s", _SOURCE.name, time.perf_counter() - begun)
+    _log.info("compiled the CPU kernels in %.1f s", time.perf_counter() - begun)
     return target
 
 

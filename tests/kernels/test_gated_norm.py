@@ -1,5 +1,6 @@
 """Values, gradients and the dropout mask of the gate, on the CPU; Triton's are in test_gated_norm_triton.py."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retrieval.kernels import gated_norm_cpu
+from retrieval.kernels import gated_norm_cpu, native
 from retrieval.kernels.backend import Backend
 from retrieval.kernels.gated_norm import gated_norm
 from retrieval.kernels.gated_norm_reference import _philox, gated_norm_reference, keep_mask_reference
 from tests.tolerances import assert_close
 
 SEED = 2**40 + 5
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "torch":
+        monkeypatch.setenv("RETRIEVAL_NATIVE", "0")
+    native.library.cache_clear()
+    if request.param == "compiled" and native.library() is None:
+        pytest.skip("no C++ compiler")
+    yield
+    native.library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_without_a_compiler_the_log_says_what_that_costs(
         assert native.library() is None
         assert native.library() is None
     assert [record.message for record in caplog.records] == [
-        "no C++ compiler: HSTU attention on the CPU runs in torch operations, several times slower"
+        "no C++ compiler: kernels on the CPU run in torch operations, about twice as slow"
     ]
 
 
