@@ -57,6 +57,12 @@ class TrainingStoppedError(RetrievalError):
         self.exit_code = 128 + signal
 
 
+class GateRefusedError(RetrievalError):
+    """A rebuilt snapshot is not good enough to be published; the live one stays."""
+
+    exit_code = 3
+
+
 class FilterError(InputError):
     """A filter cannot be read, or cannot be asked of the catalogue's attributes."""
 

@@ -1,6 +1,6 @@
 """Entry point of `retrieval`: parses arguments, runs a command, turns errors into one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or input, 128 + n stopped by signal n.
+Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 a gate refused to publish, 128 + n stopped by signal n.
 """
 
 import argparse
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 
 from retrieval import __version__
-from retrieval.cli import demo, evaluate, ingest, publish, query, serve, snapshots, train, world
+from retrieval.cli import demo, evaluate, ingest, publish, query, rebuild, serve, snapshots, train, world
 from retrieval.errors import RetrievalError
 
 __all__ = ["main"]
 
 # In the order in which a new user meets them. Command modules import torch, faiss and the like only when they run,
 # so that help and usage errors are immediate.
-_COMMANDS = (demo, world, ingest, train, evaluate, publish, serve, query, snapshots)
+_COMMANDS = (demo, world, ingest, train, evaluate, publish, rebuild, serve, query, snapshots)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,9 +1,11 @@
 """A trained encoder becomes the live snapshot: embed items, build the index, measure it, write, switch."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -23,7 +25,14 @@ from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import write_snapshot
 
-__all__ = ["load_trained", "publish_snapshot"]
+__all__ = [
+    "Candidate",
+    "build_candidate",
+    "current_user_embeddings",
+    "load_trained",
+    "publish_candidate",
+    "publish_snapshot",
+]
 
 _RECALL_QUERIES = 1000
 
@@ -40,7 +49,7 @@ def load_trained(dataset: Dataset, run_dir: Path) -> tuple[UserEncoder, Checkpoi
     return encoder, info
 
 
-def _current_user_embeddings(dataset: Dataset, encoder: UserEncoder) -> NDArray[np.float32]:
+def current_user_embeddings(dataset: Dataset, encoder: UserEncoder) -> NDArray[np.float32]:
     """Embeddings of a fixed sample of users as they stand after all their events, `[B, D]`."""
     count = min(_RECALL_QUERIES, len(dataset))
     users = np.sort(np.random.default_rng(0).choice(len(dataset), count, replace=False))
@@ -50,17 +59,36 @@ def _current_user_embeddings(dataset: Dataset, encoder: UserEncoder) -> NDArray[
     return embed_users(encoder, batch)
 
 
-def publish_snapshot(
-    dataset: Dataset, run_dir: Path, registry: Registry, spec: IndexSpec, report: Mapping[str, Any]
-) -> str:
-    """Build a snapshot from a training run and make it the live one; return its version.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """All that a snapshot is made of, not published yet.
+
+    Attributes:
+        encoder, info: the trained encoder and what it is.
+        vocabulary: ids and attributes, with each item's number of events.
+        vectors: item embeddings `[N, D]`.
+        index, spec: the index over them.
+        searcher: searches it.
+        ann_recall: recall@100 of the index against exact search, for real users' embeddings.
+    """
+
+    encoder: UserEncoder
+    info: CheckpointInfo
+    vocabulary: Vocabulary
+    vectors: NDArray[np.float32]
+    index: faiss.Index
+    spec: IndexSpec
+    searcher: Searcher
+    ann_recall: float
+
+
+def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candidate:
+    """Embed the items of a training run's encoder, build the index and measure it.
 
     Args:
         dataset: what the encoder was trained on.
         run_dir: the training run.
-        registry: where to publish.
         spec: the index to build.
-        report: offline evaluation to keep with the snapshot.
 
     Raises:
         CheckpointError: the run holds no encoder of this dataset.
@@ -73,18 +101,38 @@ def publish_snapshot(
         dataset.vocabulary.ids, {**dataset.vocabulary.attributes, "events": pa.array(dataset.item_counts)}
     )
     searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
-    recall = ann_recall(searcher, vectors, _current_user_embeddings(dataset, encoder))
+    return Candidate(
+        encoder=encoder,
+        info=info,
+        vocabulary=counted,
+        vectors=vectors,
+        index=index,
+        spec=spec,
+        searcher=searcher,
+        ann_recall=ann_recall(searcher, vectors, current_user_embeddings(dataset, encoder)),
+    )
+
+
+def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[str, Any]) -> str:
+    """Write a candidate as the live snapshot, with a report to keep beside it; return its version."""
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
             folder,
-            encoder=encoder,
-            info=info,
-            vocabulary=counted,
-            index=index,
-            spec=spec,
-            ann_recall=recall,
+            encoder=candidate.encoder,
+            info=candidate.info,
+            vocabulary=candidate.vocabulary,
+            index=candidate.index,
+            spec=candidate.spec,
+            ann_recall=candidate.ann_recall,
             report=report,
         )
 
     return registry.publish(write)
+
+
+def publish_snapshot(
+    dataset: Dataset, run_dir: Path, registry: Registry, spec: IndexSpec, report: Mapping[str, Any]
+) -> str:
+    """`build_candidate`, then `publish_candidate`."""
+    return publish_candidate(build_candidate(dataset, run_dir, spec), registry, report)

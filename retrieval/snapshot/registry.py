@@ -9,6 +9,7 @@ fsync, rename) and are never changed; `CURRENT` is replaced atomically. A reader
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,22 @@ class Registry:
         staging.rename(self.path / version)
         self.activate(version)
         return version
+
+    def prune(self, keep: int) -> list[str]:
+        """Remove all but the newest `keep` versions and the live one; return what was removed, oldest first.
+
+        A server that has loaded a version does not need its folder any more; one that is loading a version while it is
+        removed keeps what it serves.
+        """
+        kept = {self.current(), *self.versions()[-keep:]} if keep else {self.current()}
+        removed = [version for version in self.versions() if version not in kept]
+        for version in removed:
+            # First out of sight, so that no half-removed folder ever bears a version's name.
+            doomed = self.path / f"removing-{version}"
+            (self.path / version).rename(doomed)
+        for doomed in self.path.glob("removing-*"):
+            shutil.rmtree(doomed)
+        return removed
 
     def previous(self) -> str:
         """Name of the newest version before the live one.

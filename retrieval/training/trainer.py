@@ -1,14 +1,16 @@
 """Training by masked next-item prediction (arXiv 2402.17152, section 2.2, retrieval) or by cloze, and its loop."""
 
+import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from retrieval.data.dataset import Dataset
@@ -74,6 +76,7 @@ def train(
     config: TrainConfig,
     run_dir: Path,
     *,
+    initial: Mapping[str, Tensor] | None = None,
     validate: Validate | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
@@ -90,6 +93,7 @@ def train(
         encoder_config: shape of the encoder.
         config: hyperparameters.
         run_dir: folder of this run.
+        initial: weights to start from, a state of this encoder by name; None draws them.
         validate: called after every `config.validate_every` epochs and after the last; the encoder that it likes best
             is the one that is kept. Without it the last one is. It must not depend on anything but the encoder.
         resume: continue the run in `run_dir` if it holds one.
@@ -112,12 +116,14 @@ def train(
         raise ConfigError("patience: there is no validation whose result could stop the run")
     torch.manual_seed(config.seed)
     encoder = build_encoder(encoder_config).to(device)
+    if initial is not None:
+        encoder.load_state_dict(dict(initial))
     batches = Batches(dataset, split, config, objective=encoder.objective, max_length=encoder_config.max_length)
     steps = batches.per_epoch * config.epochs
     learner = Learner(encoder, config, training_counts(dataset, split), steps)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
-    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate)
+    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, _fingerprint(initial))
     if (run_dir / _STATE).exists():
         run.load()
     with SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.progress.step) as log, stop_request() as request:
@@ -144,6 +150,16 @@ def train(
     return run.finish(device)
 
 
+def _fingerprint(weights: Mapping[str, Tensor] | None) -> str | None:
+    if weights is None:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _log_step(log: SummaryWriter, step: int, outcome: StepOutcome, tokens_per_second: float) -> None:
     log.add_scalar("train/loss", outcome.loss, step)
     log.add_scalar("train/learning_rate", outcome.learning_rate, step)
@@ -163,6 +179,7 @@ class _Run:
         run_dir: Path,
         learner: Learner,
         validate: Validate | None,
+        initial: str | None,
     ) -> None:
         self.progress = _Progress()
         self._dataset, self._split, self._encoder_config, self._config = dataset, split, encoder_config, config
@@ -175,6 +192,7 @@ class _Run:
             "dataset": dataset.info.fingerprint,
             "split": split.info.model_dump(),
             "validation": validate is not None,
+            "initial": initial,
         }
 
     @property
