@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "data.vocabulary",
         "encoder.inference",
         "histories",
+        "index.filter",
         "index.searcher",
         "snapshot",
     ),

@@ -39,6 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--request-time", type=int, metavar="SECONDS", help="moment of the request, UTC (default: now)")
     parser.add_argument("--exclude", default="", metavar="IDS", help="items to leave out, by comma")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out every item of the history")
+    parser.add_argument("--filter", metavar="TEXT", help='condition on attributes: "year >= 1990 and kids = true"')
     parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default: 5")
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -60,6 +61,7 @@ def run(parsed: argparse.Namespace) -> None:
                 exclude=exclude,
                 exclude_seen=parsed.exclude_seen,
                 include_titles=True,
+                filter=parsed.filter,
             )
 
         answer = _ask_for_user(ask, parsed.user) if parsed.user is not None else ask(_read_history(parsed.history))

@@ -106,6 +106,19 @@ class Searcher:
         """
         self._indexed.check(filter_)
 
+    def meets(self, filter_: Filter | None, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows are not withdrawn and meet a filter (None: anything), in the shape of `rows`.
+
+        Raises:
+            FilterError: as `check`.
+        """
+        found = np.zeros(rows.shape, bool)
+        count = self._backend.count
+        for part, begin, end in ((self._indexed, 0, count), (self._added, count, len(self))):
+            inside = (rows >= begin) & (rows < end)
+            found[inside] = in_bitmap(part.eligible(filter_).bitmap, rows[inside] - begin)
+        return found
+
     def search(
         self,
         queries: NDArray[np.float32],

@@ -16,6 +16,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from retrieval.index.filter import Filter, filter_from
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.convert import embed_request_to, embedded_from, retrieve_request_to, retrieved_from, state_from
 from retrieval.rpc.errors import UnavailableError
@@ -77,6 +78,7 @@ class RetrievalClient:
 
     - `InvalidRequestError`: the request is malformed; `field` names the part at fault
     - `UnknownUserError`: no history of the stored user is held; `NoHistoriesError`: the server holds none at all
+    - `VersionNotLoadedError`: the live snapshot is not the required one
     - `NoSnapshotError`: the server has no snapshot yet; `UnavailableError`: no server answers
     - `OverloadedError`: the server has more calls in hand than it takes
     - `DeadlineError`: no answer came in time
@@ -131,6 +133,8 @@ class RetrievalClient:
         exclude: Ids = (),
         exclude_seen: bool = False,
         include_titles: bool = False,
+        filter: Filter | str | None = None,
+        required_version: str = "",
         timeout: float | None = None,
     ) -> Retrieved:
         """The best items for a user, best first: exactly min(k, eligible items) of them.
@@ -142,9 +146,12 @@ class RetrievalClient:
             exclude: items that must not be in the answer.
             exclude_seen: also leave out every item of the history.
             include_titles: also answer the items' titles.
+            filter: what items must meet to be in the answer, as a value or as text (`retrieval.index.filter`).
+            required_version: the snapshot that must answer; "" is whichever is live.
             timeout: seconds; None takes the client's.
 
         Raises:
+            FilterError: the text is no filter.
             RetrievalError: see the class.
         """
         request = RetrieveRequest(
@@ -154,6 +161,8 @@ class RetrievalClient:
             exclude=exclude,
             exclude_seen=exclude_seen,
             include_titles=include_titles,
+            filter=filter_from(filter) if isinstance(filter, str) else filter,
+            required_version=required_version,
         )
         return retrieved_from(self._call(self._retrieve, retrieve_request_to(request), timeout))
 

@@ -1,9 +1,11 @@
 """Messages to plain requests and answers, and back. Used by both ends: no numpy, torch or faiss here."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from retrieval.errors import InvalidRequestError
+from retrieval.errors import FilterError, InvalidRequestError
+from retrieval.index.filter import And, Compare, Filter, In, Missing, Not, Or, Value
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.errors import ServerFaultError
 from retrieval.rpc.requests import (
@@ -33,6 +35,16 @@ __all__ = [
 ]
 
 _SOURCES = {Source.MODEL: pb.SOURCE_MODEL, Source.POPULARITY: pb.SOURCE_POPULARITY}
+_OPERATORS = {
+    "<": pb.Filter.OPERATOR_LESS,
+    "<=": pb.Filter.OPERATOR_AT_MOST,
+    ">": pb.Filter.OPERATOR_GREATER,
+    ">=": pb.Filter.OPERATOR_AT_LEAST,
+}
+_OPERATOR_OF = {number: operator for operator, number in _OPERATORS.items()}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# As deep as a filter's text may be; whatever walks a filter recurses.
+_DEEPEST = 50
 _SOURCE_OF = {number: source for source, number in _SOURCES.items()}
 
 
@@ -106,6 +118,87 @@ def _set_number(message: Any, field: str, value: int) -> None:
         raise InvalidRequestError(field, f"must be an integer of its range ({error})") from None
 
 
+def _value_to(message: pb.FilterValue, value: Value, field: str) -> None:
+    try:
+        if isinstance(value, bool):
+            message.boolean = value
+        elif isinstance(value, int):
+            message.integer = value
+        elif isinstance(value, float):
+            message.number = value
+        elif isinstance(value, str):
+            message.text = value
+        else:
+            moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            message.moment = (moment - _EPOCH) // timedelta(microseconds=1)
+    except ValueError as error:
+        raise InvalidRequestError(field, f"must be a 64-bit integer or Unicode text ({error})") from None
+
+
+def _value_from(message: pb.FilterValue, field: str) -> Value:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError(field, "is empty; set text, integer, number, boolean or moment")
+    value: Value = getattr(message, kind)
+    if kind != "moment":
+        return value
+    try:
+        return _EPOCH + timedelta(microseconds=message.moment)
+    except OverflowError:
+        raise InvalidRequestError(field, f"{message.moment} is not a moment of the years 1 to 9999") from None
+
+
+def _check_depth(depth: int) -> None:
+    if depth > _DEEPEST:
+        raise InvalidRequestError("filter", f"is nested deeper than {_DEEPEST} levels")
+
+
+def _filter_to(message: pb.Filter, filter_: Filter, field: str, depth: int = 1) -> None:
+    _check_depth(depth)
+    if isinstance(filter_, And | Or):
+        kind = "all" if isinstance(filter_, And) else "any"
+        for place, part in enumerate(filter_.parts):
+            _filter_to(getattr(message, kind).filters.add(), part, f"{field}.{kind}[{place}]", depth + 1)
+    elif isinstance(filter_, Not):
+        _filter_to(getattr(message, "not"), filter_.part, f"{field}.not", depth + 1)
+    elif isinstance(filter_, In):
+        test = getattr(message, "in")
+        test.attribute = filter_.attribute
+        for place, value in enumerate(filter_.values):
+            _value_to(test.values.add(), value, f"{field}.in.values[{place}]")
+    elif isinstance(filter_, Compare):
+        message.compare.attribute, message.compare.operator = filter_.attribute, _OPERATORS[filter_.operator]
+        _value_to(message.compare.value, filter_.value, f"{field}.compare.value")
+    else:
+        assert isinstance(filter_, Missing)
+        message.missing.attribute = filter_.attribute
+
+
+def _filter_from(message: pb.Filter, field: str, depth: int = 1) -> Filter:
+    _check_depth(depth)
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError(field, "is empty; set in, compare, missing, all, any or not")
+    inner = getattr(message, kind)
+    field = f"{field}.{kind}"
+    try:
+        if kind == "in":
+            values = (_value_from(value, f"{field}.values[{place}]") for place, value in enumerate(inner.values))
+            return In(inner.attribute, tuple(values))
+        if kind == "compare":
+            if inner.operator not in _OPERATOR_OF:
+                raise InvalidRequestError(f"{field}.operator", f"{inner.operator} is no operator")
+            return Compare(inner.attribute, _OPERATOR_OF[inner.operator], _value_from(inner.value, f"{field}.value"))
+        if kind == "missing":
+            return Missing(inner.attribute)
+        if kind == "not":
+            return Not(_filter_from(inner, field, depth + 1))
+        parts = tuple(_filter_from(part, f"{field}[{place}]", depth + 1) for place, part in enumerate(inner.filters))
+        return And(parts) if kind == "all" else Or(parts)
+    except FilterError as error:
+        raise InvalidRequestError(field, str(error)) from None
+
+
 def retrieve_request_to(request: RetrieveRequest) -> pb.RetrieveRequest:
     """A request as a message.
 
@@ -119,6 +212,9 @@ def retrieve_request_to(request: RetrieveRequest) -> pb.RetrieveRequest:
         _set_number(message, "request_time", request.request_time)
     if len(request.exclude):
         _ids_to(message.exclude, request.exclude, "exclude")
+    if request.filter is not None:
+        _filter_to(message.filter, request.filter, "filter")
+    message.required_version = request.required_version
     return message
 
 
@@ -126,7 +222,7 @@ def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
     """A message as a request; its lists are the message's own, not copies.
 
     Raises:
-        InvalidRequestError: a stored user without an id.
+        InvalidRequestError: a stored user without an id, or a filter that is none.
     """
     return RetrieveRequest(
         user=_user_from(message, ""),
@@ -135,6 +231,8 @@ def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
         exclude=_ids_from(message.exclude),
         exclude_seen=message.exclude_seen,
         include_titles=message.include_titles,
+        filter=_filter_from(message.filter, "filter") if message.HasField("filter") else None,
+        required_version=message.required_version,
     )
 
 

@@ -2,11 +2,22 @@
 
 from retrieval.errors import InputError, RetrievalError
 
-__all__ = ["DeadlineError", "NoHistoriesError", "OverloadedError", "ServerFaultError", "UnavailableError"]
+__all__ = [
+    "DeadlineError",
+    "NoHistoriesError",
+    "OverloadedError",
+    "ServerFaultError",
+    "UnavailableError",
+    "VersionNotLoadedError",
+]
 
 
 class NoHistoriesError(InputError):
     """A request names a stored user, but the server holds no histories."""
+
+
+class VersionNotLoadedError(InputError):
+    """A request requires a snapshot that is not the live one."""
 
 
 class OverloadedError(RetrievalError):

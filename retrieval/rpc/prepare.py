@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from retrieval.config import Config
-from retrieval.errors import InvalidRequestError
+from retrieval.errors import FilterError, InvalidRequestError
 from retrieval.histories.store import StoredHistory
+from retrieval.index.filter import And, Compare, Filter, In, Not, Or
+from retrieval.rpc.errors import VersionNotLoadedError
 from retrieval.rpc.requests import Embedding, EmbedRequest, History, Ids, RetrieveRequest
 from retrieval.rpc.serving import ServingSnapshot
 
@@ -31,6 +33,7 @@ __all__ = [
 _END_OF_TIME = 7_258_118_400
 _SHOWN_NAMES = 20
 _SHOWN_CHARACTERS = 60
+_SHOWN_SENTENCE = 400
 
 
 class Limits(Config):
@@ -41,12 +44,14 @@ class Limits(Config):
         max_events: events of an inline history.
         max_excluded: ids to exclude.
         max_users: users of one EmbedUsers call.
+        max_filter: tests and values of a filter together.
     """
 
     max_k: int = Field(default=10_000, ge=1)
     max_events: int = Field(default=20_000, ge=1)
     max_excluded: int = Field(default=100_000, ge=0)
     max_users: int = Field(default=256, ge=1)
+    max_filter: int = Field(default=10_000, ge=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,7 @@ class PreparedRetrieve:
         k: candidates.
         excluded: rows without repeats, int64.
         include_titles: whether titles are wanted.
+        filter: what answers must meet, checked against the snapshot; None is anything.
     """
 
     serving: ServingSnapshot
@@ -87,6 +93,7 @@ class PreparedRetrieve:
     k: int
     excluded: NDArray[np.int64]
     include_titles: bool
+    filter: Filter | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +122,22 @@ def prepare_retrieve(
 
     Raises:
         InvalidRequestError: something is wrong; the sentence names the field.
+        VersionNotLoadedError: another snapshot is required.
     """
+    if request.required_version not in ("", serving.version):
+        raise VersionNotLoadedError(
+            f"required_version: {shown(request.required_version)} is not the live snapshot, which is {serving.version}"
+        )
     if not 1 <= request.k <= limits.max_k:
         raise InvalidRequestError("k", f"must be from 1 to {limits.max_k}, not {request.k}")
     if len(request.exclude) > limits.max_excluded:
         raise InvalidRequestError("exclude", f"has {len(request.exclude)} ids; at most {limits.max_excluded} are taken")
     if user is None:
         raise InvalidRequestError("user", "is missing; send history, stored_user or embedding")
+    if request.filter is not None:
+        if (size := _filter_size(request.filter)) > limits.max_filter:
+            raise InvalidRequestError("filter", f"has {size} tests and values; at most {limits.max_filter} are taken")
+        _check_filter(serving, request.filter, "filter")
     excluded = _rows(serving, request.exclude, "exclude")
     prepared: UserEvents | NDArray[np.float32]
     if isinstance(user, Embedding):
@@ -143,6 +159,7 @@ def prepare_retrieve(
         k=request.k,
         excluded=np.unique(excluded[excluded >= 0]),
         include_titles=request.include_titles,
+        filter=request.filter,
     )
 
 
@@ -256,6 +273,30 @@ def _rows(serving: ServingSnapshot, ids: Ids, field: str) -> NDArray[np.int64]:
     return serving.snapshot.vocabulary.rows_of(ids if serving.string_ids else np.array(ids, np.int64))
 
 
+def _filter_size(filter_: Filter) -> int:
+    if isinstance(filter_, And | Or):
+        return sum(map(_filter_size, filter_.parts))
+    if isinstance(filter_, Not):
+        return _filter_size(filter_.part)
+    return 1 + len(filter_.values) if isinstance(filter_, In) else 1
+
+
+def _check_filter(serving: ServingSnapshot, filter_: Filter, field: str) -> None:
+    """Check each test by itself, so that the error can say where in the filter it stands."""
+    if isinstance(filter_, And | Or):
+        kind = "all" if isinstance(filter_, And) else "any"
+        for place, part in enumerate(filter_.parts):
+            _check_filter(serving, part, f"{field}.{kind}[{place}]")
+    elif isinstance(filter_, Not):
+        _check_filter(serving, filter_.part, f"{field}.not")
+    else:
+        kind = "in" if isinstance(filter_, In) else "compare" if isinstance(filter_, Compare) else "missing"
+        try:
+            serving.snapshot.searcher.check(filter_)
+        except FilterError as error:
+            raise InvalidRequestError(f"{field}.{kind}", _shortened(str(error), _SHOWN_SENTENCE)) from None
+
+
 def _unit(serving: ServingSnapshot, embedding: Embedding) -> NDArray[np.float32]:
     # float64, so that the length of large float32 numbers does not overflow.
     values = np.array(embedding.values, np.float64)
@@ -273,9 +314,11 @@ def _unit(serving: ServingSnapshot, embedding: Embedding) -> NDArray[np.float32]
 
 def shown(value: int | str) -> str:
     """A caller's value for a message, shortened: gRPC statuses travel in headers, which hold a few KiB."""
-    if isinstance(value, str) and len(value) > _SHOWN_CHARACTERS:
-        value = f"{value[:_SHOWN_CHARACTERS]}…"
-    return repr(value)
+    return repr(_shortened(value, _SHOWN_CHARACTERS) if isinstance(value, str) else value)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _names(names: Sequence[str]) -> str:

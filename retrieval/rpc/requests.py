@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from retrieval.index.filter import Filter
+
 __all__ = [
     "EmbedRequest",
     "Embedded",
@@ -64,6 +66,8 @@ class RetrieveRequest:
         exclude: items that must not be in the answer.
         exclude_seen: leave out every item of the history, too.
         include_titles: also answer titles.
+        filter: what items must meet to be in the answer; None is anything.
+        required_version: the snapshot that must answer; "" is whichever is live.
     """
 
     user: History | StoredUser | Embedding | None
@@ -72,6 +76,8 @@ class RetrieveRequest:
     exclude: Ids = ()
     exclude_seen: bool = False
     include_titles: bool = False
+    filter: Filter | None = None
+    required_version: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

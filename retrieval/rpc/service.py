@@ -208,7 +208,9 @@ def _search(
     searcher = serving.snapshot.searcher
     ks = [min(one.k, len(searcher)) for one in searches]
     with metrics.stage("search"):
-        result = searcher.search(np.stack(queries), ks, [one.excluded for one in searches])
+        result = searcher.search(
+            np.stack(queries), ks, [one.excluded for one in searches], [one.filter for one in searches]
+        )
     answers = []
     for one, rows, scores in zip(searches, result.rows, result.scores, strict=True):
         count = int(np.count_nonzero(rows >= 0))
@@ -217,8 +219,11 @@ def _search(
 
 
 def _popular(serving: ServingSnapshot, one: PreparedRetrieve) -> Retrieved:
+    rows = serving.snapshot.popular
+    if one.filter is not None:
+        rows = rows[serving.snapshot.searcher.meets(one.filter, rows)]
     # So many rows hold k that are not excluded, if there are k.
-    rows = serving.snapshot.popular[: one.k + len(one.excluded)]
+    rows = rows[: one.k + len(one.excluded)]
     rows = rows[~np.isin(rows, one.excluded)][: one.k]
     return _retrieved(serving, one, rows, serving.event_share[rows], Source.POPULARITY)
 

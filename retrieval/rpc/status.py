@@ -8,7 +8,14 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from retrieval.errors import InvalidRequestError, NoSnapshotError, RetrievalError, UnknownUserError
-from retrieval.rpc.errors import DeadlineError, NoHistoriesError, OverloadedError, ServerFaultError, UnavailableError
+from retrieval.rpc.errors import (
+    DeadlineError,
+    NoHistoriesError,
+    OverloadedError,
+    ServerFaultError,
+    UnavailableError,
+    VersionNotLoadedError,
+)
 
 __all__ = ["DOMAIN", "error_of", "reason_of", "status_of"]
 
@@ -21,6 +28,7 @@ _TABLE: tuple[tuple[type[RetrievalError], int, str], ...] = (
     (InvalidRequestError, code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (UnknownUserError, code_pb2.NOT_FOUND, "UNKNOWN_USER"),
     (NoHistoriesError, code_pb2.FAILED_PRECONDITION, "NO_HISTORIES"),
+    (VersionNotLoadedError, code_pb2.FAILED_PRECONDITION, "VERSION_NOT_LOADED"),
     (NoSnapshotError, code_pb2.UNAVAILABLE, "NO_SNAPSHOT"),
     (OverloadedError, code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (DeadlineError, code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),

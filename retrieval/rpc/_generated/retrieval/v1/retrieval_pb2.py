@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cretrieval/v1/retrieval.proto\x12\x0cretrieval.v1\"k\n\x07ItemIds\x12+\n\x08integers\x18\x01 \x01(\x0b\x32\x17.retrieval.v1.Int64ListH\x00\x12+\n\x07strings\x18\x02 \x01(\x0b\x32\x18.retrieval.v1.StringListH\x00\x42\x06\n\x04kind\"\x1b\n\tInt64List\x12\x0e\n\x06values\x18\x01 \x03(\x03\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"T\n\x07History\x12$\n\x05items\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.ItemIds\x12\x0f\n\x07\x61\x63tions\x18\x02 \x03(\t\x12\x12\n\ntimestamps\x18\x03 \x03(\x03\"5\n\x06UserId\x12\x11\n\x07integer\x18\x01 \x01(\x03H\x00\x12\x10\n\x06string\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xab\x02\n\x0fRetrieveRequest\x12(\n\x07history\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.HistoryH\x00\x12+\n\x0bstored_user\x18\x02 \x01(\x0b\x32\x14.retrieval.v1.UserIdH\x00\x12,\n\tembedding\x18\x03 \x01(\x0b\x32\x17.retrieval.v1.EmbeddingH\x00\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x19\n\x0crequest_time\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12&\n\x07\x65xclude\x18\x06 \x01(\x0b\x32\x15.retrieval.v1.ItemIds\x12\x14\n\x0c\x65xclude_seen\x18\x07 \x01(\x08\x12\x16\n\x0einclude_titles\x18\x08 \x01(\x08\x42\x06\n\x04userB\x0f\n\r_request_time\"\xc2\x01\n\x10RetrieveResponse\x12$\n\x05items\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.ItemIds\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x18\n\x10snapshot_version\x18\x03 \x01(\t\x12$\n\x06source\x18\x04 \x01(\x0e\x32\x14.retrieval.v1.Source\x12\x11\n\tshortfall\x18\x05 \x01(\x05\x12\x15\n\runknown_items\x18\x06 \x01(\x05\x12\x0e\n\x06titles\x18\x07 \x03(\t\"\xdb\x01\n\x11\x45mbedUsersRequest\x12\x33\n\x05users\x18\x01 \x03(\x0b\x32$.retrieval.v1.EmbedUsersRequest.User\x12\x19\n\x0crequest_time\x18\x02 \x01(\x03H\x00\x88\x01\x01\x1a\x65\n\x04User\x12(\n\x07history\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.HistoryH\x00\x12+\n\x0bstored_user\x18\x02 \x01(\x0b\x32\x14.retrieval.v1.UserIdH\x00\x42\x06\n\x04userB\x0f\n\r_request_time\"y\n\x12\x45mbedUsersResponse\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x13\n\x0b\x65vents_read\x18\x03 \x03(\x05\x12\x15\n\runknown_items\x18\x04 \x03(\x05\x12\x18\n\x10snapshot_version\x18\x05 \x01(\t\"\x18\n\x16GetServingStateRequest\"\xf9\x01\n\x17GetServingStateResponse\x12\x18\n\x10snapshot_version\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\r\n\x05items\x18\x04 \x01(\x03\x12&\n\x08item_ids\x18\x05 \x01(\x0e\x32\x14.retrieval.v1.IdKind\x12\r\n\x05width\x18\x06 \x01(\x05\x12\x12\n\nmax_length\x18\x07 \x01(\x05\x12\x0f\n\x07\x61\x63tions\x18\x08 \x03(\t\x12\r\n\x05index\x18\t \x01(\t\x12\x12\n\nann_recall\x18\n \x01(\x02\x12\x14\n\x0cstored_users\x18\x0b \x01(\x08*I\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSOURCE_MODEL\x10\x01\x12\x15\n\x11SOURCE_POPULARITY\x10\x02*J\n\x06IdKind\x12\x17\n\x13ID_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fID_KIND_INTEGER\x10\x01\x12\x12\n\x0eID_KIND_STRING\x10\x02\x32\x8e\x02\n\x10RetrievalService\x12I\n\x08Retrieve\x12\x1d.retrieval.v1.RetrieveRequest\x1a\x1e.retrieval.v1.RetrieveResponse\x12O\n\nEmbedUsers\x12\x1f.retrieval.v1.EmbedUsersRequest\x1a .retrieval.v1.EmbedUsersResponse\x12^\n\x0fGetServingState\x12$.retrieval.v1.GetServingStateRequest\x1a%.retrieval.v1.GetServingStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cretrieval/v1/retrieval.proto\x12\x0cretrieval.v1\"k\n\x07ItemIds\x12+\n\x08integers\x18\x01 \x01(\x0b\x32\x17.retrieval.v1.Int64ListH\x00\x12+\n\x07strings\x18\x02 \x01(\x0b\x32\x18.retrieval.v1.StringListH\x00\x42\x06\n\x04kind\"\x1b\n\tInt64List\x12\x0e\n\x06values\x18\x01 \x03(\x03\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"T\n\x07History\x12$\n\x05items\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.ItemIds\x12\x0f\n\x07\x61\x63tions\x18\x02 \x03(\t\x12\x12\n\ntimestamps\x18\x03 \x03(\x03\"5\n\x06UserId\x12\x11\n\x07integer\x18\x01 \x01(\x03H\x00\x12\x10\n\x06string\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"o\n\x0b\x46ilterValue\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x12H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x11\n\x07\x62oolean\x18\x04 \x01(\x08H\x00\x12\x10\n\x06moment\x18\x05 \x01(\x12H\x00\x42\x06\n\x04kind\"\x9b\x05\n\x06\x46ilter\x12%\n\x02in\x18\x01 \x01(\x0b\x32\x17.retrieval.v1.Filter.InH\x00\x12/\n\x07\x63ompare\x18\x02 \x01(\x0b\x32\x1c.retrieval.v1.Filter.CompareH\x00\x12/\n\x07missing\x18\x03 \x01(\x0b\x32\x1c.retrieval.v1.Filter.MissingH\x00\x12)\n\x03\x61ll\x18\x04 \x01(\x0b\x32\x1a.retrieval.v1.Filter.PartsH\x00\x12)\n\x03\x61ny\x18\x05 \x01(\x0b\x32\x1a.retrieval.v1.Filter.PartsH\x00\x12#\n\x03not\x18\x06 \x01(\x0b\x32\x14.retrieval.v1.FilterH\x00\x1a\x42\n\x02In\x12\x11\n\tattribute\x18\x01 \x01(\t\x12)\n\x06values\x18\x02 \x03(\x0b\x32\x19.retrieval.v1.FilterValue\x1aw\n\x07\x43ompare\x12\x11\n\tattribute\x18\x01 \x01(\t\x12/\n\x08operator\x18\x02 \x01(\x0e\x32\x1d.retrieval.v1.Filter.Operator\x12(\n\x05value\x18\x03 \x01(\x0b\x32\x19.retrieval.v1.FilterValue\x1a\x1c\n\x07Missing\x12\x11\n\tattribute\x18\x01 \x01(\t\x1a.\n\x05Parts\x12%\n\x07\x66ilters\x18\x01 \x03(\x0b\x32\x14.retrieval.v1.Filter\"z\n\x08Operator\x12\x18\n\x14OPERATOR_UNSPECIFIED\x10\x00\x12\x11\n\rOPERATOR_LESS\x10\x01\x12\x14\n\x10OPERATOR_AT_MOST\x10\x02\x12\x14\n\x10OPERATOR_GREATER\x10\x03\x12\x15\n\x11OPERATOR_AT_LEAST\x10\x04\x42\x06\n\x04kind\"\xeb\x02\n\x0fRetrieveRequest\x12(\n\x07history\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.HistoryH\x00\x12+\n\x0bstored_user\x18\x02 \x01(\x0b\x32\x14.retrieval.v1.UserIdH\x00\x12,\n\tembedding\x18\x03 \x01(\x0b\x32\x17.retrieval.v1.EmbeddingH\x00\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x19\n\x0crequest_time\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12&\n\x07\x65xclude\x18\x06 \x01(\x0b\x32\x15.retrieval.v1.ItemIds\x12\x14\n\x0c\x65xclude_seen\x18\x07 \x01(\x08\x12\x16\n\x0einclude_titles\x18\x08 \x01(\x08\x12$\n\x06\x66ilter\x18\t \x01(\x0b\x32\x14.retrieval.v1.Filter\x12\x18\n\x10required_version\x18\n \x01(\tB\x06\n\x04userB\x0f\n\r_request_time\"\xc2\x01\n\x10RetrieveResponse\x12$\n\x05items\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.ItemIds\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x18\n\x10snapshot_version\x18\x03 \x01(\t\x12$\n\x06source\x18\x04 \x01(\x0e\x32\x14.retrieval.v1.Source\x12\x11\n\tshortfall\x18\x05 \x01(\x05\x12\x15\n\runknown_items\x18\x06 \x01(\x05\x12\x0e\n\x06titles\x18\x07 \x03(\t\"\xdb\x01\n\x11\x45mbedUsersRequest\x12\x33\n\x05users\x18\x01 \x03(\x0b\x32$.retrieval.v1.EmbedUsersRequest.User\x12\x19\n\x0crequest_time\x18\x02 \x01(\x03H\x00\x88\x01\x01\x1a\x65\n\x04User\x12(\n\x07history\x18\x01 \x01(\x0b\x32\x15.retrieval.v1.HistoryH\x00\x12+\n\x0bstored_user\x18\x02 \x01(\x0b\x32\x14.retrieval.v1.UserIdH\x00\x42\x06\n\x04userB\x0f\n\r_request_time\"y\n\x12\x45mbedUsersResponse\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x13\n\x0b\x65vents_read\x18\x03 \x03(\x05\x12\x15\n\runknown_items\x18\x04 \x03(\x05\x12\x18\n\x10snapshot_version\x18\x05 \x01(\t\"\x18\n\x16GetServingStateRequest\"\xf9\x01\n\x17GetServingStateResponse\x12\x18\n\x10snapshot_version\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\r\n\x05items\x18\x04 \x01(\x03\x12&\n\x08item_ids\x18\x05 \x01(\x0e\x32\x14.retrieval.v1.IdKind\x12\r\n\x05width\x18\x06 \x01(\x05\x12\x12\n\nmax_length\x18\x07 \x01(\x05\x12\x0f\n\x07\x61\x63tions\x18\x08 \x03(\t\x12\r\n\x05index\x18\t \x01(\t\x12\x12\n\nann_recall\x18\n \x01(\x02\x12\x14\n\x0cstored_users\x18\x0b \x01(\x08*I\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSOURCE_MODEL\x10\x01\x12\x15\n\x11SOURCE_POPULARITY\x10\x02*J\n\x06IdKind\x12\x17\n\x13ID_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fID_KIND_INTEGER\x10\x01\x12\x12\n\x0eID_KIND_STRING\x10\x02\x32\x8e\x02\n\x10RetrievalService\x12I\n\x08Retrieve\x12\x1d.retrieval.v1.RetrieveRequest\x1a\x1e.retrieval.v1.RetrieveResponse\x12O\n\nEmbedUsers\x12\x1f.retrieval.v1.EmbedUsersRequest\x1a .retrieval.v1.EmbedUsersResponse\x12^\n\x0fGetServingState\x12$.retrieval.v1.GetServingStateRequest\x1a%.retrieval.v1.GetServingStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'retrieval.v1.retrieval_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SOURCE']._serialized_start=1506
-  _globals['_SOURCE']._serialized_end=1579
-  _globals['_IDKIND']._serialized_start=1581
-  _globals['_IDKIND']._serialized_end=1655
+  _globals['_SOURCE']._serialized_start=2353
+  _globals['_SOURCE']._serialized_end=2426
+  _globals['_IDKIND']._serialized_start=2428
+  _globals['_IDKIND']._serialized_end=2502
   _globals['_ITEMIDS']._serialized_start=46
   _globals['_ITEMIDS']._serialized_end=153
   _globals['_INT64LIST']._serialized_start=155
@@ -47,20 +47,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USERID']._serialized_end=353
   _globals['_EMBEDDING']._serialized_start=355
   _globals['_EMBEDDING']._serialized_end=382
-  _globals['_RETRIEVEREQUEST']._serialized_start=385
-  _globals['_RETRIEVEREQUEST']._serialized_end=684
-  _globals['_RETRIEVERESPONSE']._serialized_start=687
-  _globals['_RETRIEVERESPONSE']._serialized_end=881
-  _globals['_EMBEDUSERSREQUEST']._serialized_start=884
-  _globals['_EMBEDUSERSREQUEST']._serialized_end=1103
-  _globals['_EMBEDUSERSREQUEST_USER']._serialized_start=985
-  _globals['_EMBEDUSERSREQUEST_USER']._serialized_end=1086
-  _globals['_EMBEDUSERSRESPONSE']._serialized_start=1105
-  _globals['_EMBEDUSERSRESPONSE']._serialized_end=1226
-  _globals['_GETSERVINGSTATEREQUEST']._serialized_start=1228
-  _globals['_GETSERVINGSTATEREQUEST']._serialized_end=1252
-  _globals['_GETSERVINGSTATERESPONSE']._serialized_start=1255
-  _globals['_GETSERVINGSTATERESPONSE']._serialized_end=1504
-  _globals['_RETRIEVALSERVICE']._serialized_start=1658
-  _globals['_RETRIEVALSERVICE']._serialized_end=1928
+  _globals['_FILTERVALUE']._serialized_start=384
+  _globals['_FILTERVALUE']._serialized_end=495
+  _globals['_FILTER']._serialized_start=498
+  _globals['_FILTER']._serialized_end=1165
+  _globals['_FILTER_IN']._serialized_start=768
+  _globals['_FILTER_IN']._serialized_end=834
+  _globals['_FILTER_COMPARE']._serialized_start=836
+  _globals['_FILTER_COMPARE']._serialized_end=955
+  _globals['_FILTER_MISSING']._serialized_start=957
+  _globals['_FILTER_MISSING']._serialized_end=985
+  _globals['_FILTER_PARTS']._serialized_start=987
+  _globals['_FILTER_PARTS']._serialized_end=1033
+  _globals['_FILTER_OPERATOR']._serialized_start=1035
+  _globals['_FILTER_OPERATOR']._serialized_end=1157
+  _globals['_RETRIEVEREQUEST']._serialized_start=1168
+  _globals['_RETRIEVEREQUEST']._serialized_end=1531
+  _globals['_RETRIEVERESPONSE']._serialized_start=1534
+  _globals['_RETRIEVERESPONSE']._serialized_end=1728
+  _globals['_EMBEDUSERSREQUEST']._serialized_start=1731
+  _globals['_EMBEDUSERSREQUEST']._serialized_end=1950
+  _globals['_EMBEDUSERSREQUEST_USER']._serialized_start=1832
+  _globals['_EMBEDUSERSREQUEST_USER']._serialized_end=1933
+  _globals['_EMBEDUSERSRESPONSE']._serialized_start=1952
+  _globals['_EMBEDUSERSRESPONSE']._serialized_end=2073
+  _globals['_GETSERVINGSTATEREQUEST']._serialized_start=2075
+  _globals['_GETSERVINGSTATEREQUEST']._serialized_end=2099
+  _globals['_GETSERVINGSTATERESPONSE']._serialized_start=2102
+  _globals['_GETSERVINGSTATERESPONSE']._serialized_end=2351
+  _globals['_RETRIEVALSERVICE']._serialized_start=2505
+  _globals['_RETRIEVALSERVICE']._serialized_end=2775
 # @@protoc_insertion_point(module_scope)

@@ -69,8 +69,74 @@ class Embedding(_message.Message):
     values: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class FilterValue(_message.Message):
+    __slots__ = ("text", "integer", "number", "boolean", "moment")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    BOOLEAN_FIELD_NUMBER: _ClassVar[int]
+    MOMENT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    integer: int
+    number: float
+    boolean: bool
+    moment: int
+    def __init__(self, text: _Optional[str] = ..., integer: _Optional[int] = ..., number: _Optional[float] = ..., boolean: _Optional[bool] = ..., moment: _Optional[int] = ...) -> None: ...
+
+class Filter(_message.Message):
+    __slots__ = ("compare", "missing", "all", "any")
+    class Operator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OPERATOR_UNSPECIFIED: _ClassVar[Filter.Operator]
+        OPERATOR_LESS: _ClassVar[Filter.Operator]
+        OPERATOR_AT_MOST: _ClassVar[Filter.Operator]
+        OPERATOR_GREATER: _ClassVar[Filter.Operator]
+        OPERATOR_AT_LEAST: _ClassVar[Filter.Operator]
+    OPERATOR_UNSPECIFIED: Filter.Operator
+    OPERATOR_LESS: Filter.Operator
+    OPERATOR_AT_MOST: Filter.Operator
+    OPERATOR_GREATER: Filter.Operator
+    OPERATOR_AT_LEAST: Filter.Operator
+    class In(_message.Message):
+        __slots__ = ("attribute", "values")
+        ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        attribute: str
+        values: _containers.RepeatedCompositeFieldContainer[FilterValue]
+        def __init__(self, attribute: _Optional[str] = ..., values: _Optional[_Iterable[_Union[FilterValue, _Mapping]]] = ...) -> None: ...
+    class Compare(_message.Message):
+        __slots__ = ("attribute", "operator", "value")
+        ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+        OPERATOR_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        attribute: str
+        operator: Filter.Operator
+        value: FilterValue
+        def __init__(self, attribute: _Optional[str] = ..., operator: _Optional[_Union[Filter.Operator, str]] = ..., value: _Optional[_Union[FilterValue, _Mapping]] = ...) -> None: ...
+    class Missing(_message.Message):
+        __slots__ = ("attribute",)
+        ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+        attribute: str
+        def __init__(self, attribute: _Optional[str] = ...) -> None: ...
+    class Parts(_message.Message):
+        __slots__ = ("filters",)
+        FILTERS_FIELD_NUMBER: _ClassVar[int]
+        filters: _containers.RepeatedCompositeFieldContainer[Filter]
+        def __init__(self, filters: _Optional[_Iterable[_Union[Filter, _Mapping]]] = ...) -> None: ...
+    IN_FIELD_NUMBER: _ClassVar[int]
+    COMPARE_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    ANY_FIELD_NUMBER: _ClassVar[int]
+    NOT_FIELD_NUMBER: _ClassVar[int]
+    compare: Filter.Compare
+    missing: Filter.Missing
+    all: Filter.Parts
+    any: Filter.Parts
+    def __init__(self, compare: _Optional[_Union[Filter.Compare, _Mapping]] = ..., missing: _Optional[_Union[Filter.Missing, _Mapping]] = ..., all: _Optional[_Union[Filter.Parts, _Mapping]] = ..., any: _Optional[_Union[Filter.Parts, _Mapping]] = ..., **kwargs) -> None: ...
+
 class RetrieveRequest(_message.Message):
-    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles")
+    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version")
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     STORED_USER_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +145,8 @@ class RetrieveRequest(_message.Message):
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_SEEN_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_TITLES_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_VERSION_FIELD_NUMBER: _ClassVar[int]
     history: History
     stored_user: UserId
     embedding: Embedding
@@ -87,7 +155,9 @@ class RetrieveRequest(_message.Message):
     exclude: ItemIds
     exclude_seen: bool
     include_titles: bool
-    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ...) -> None: ...
+    filter: Filter
+    required_version: str
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("items", "scores", "snapshot_version", "source", "shortfall", "unknown_items", "titles")
