@@ -93,7 +93,7 @@ class Learner:
         seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)
         rate = learning_rate_at(step, self._steps, config.learning_rate, config.schedule, config.warmup_steps)
-        if not batch.mask.any():
+        if not batch.weights.any():
             return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
         self.encoder.train()
         loss, table, rows = self._loss(batch, torch.Generator().manual_seed(seed))
@@ -117,8 +117,9 @@ class Learner:
     def _loss(self, batch: TrainingBatch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss of a batch, the item table that it was computed with, and by rows the rows that this holds."""
         device = self.encoder.device
-        asked = torch.from_numpy(np.flatnonzero(batch.mask))
+        asked = torch.from_numpy(np.flatnonzero(batch.weights))
         items, targets = torch.from_numpy(batch.inputs.items), torch.from_numpy(batch.targets)[asked]
+        weights = torch.from_numpy(batch.weights)[asked]
         negatives = self._sampler.draw(targets, generator)
         table: Tensor = self.encoder.item_embedding.weight
         rows = None
@@ -140,6 +141,7 @@ class Learner:
                 table,
                 temperature=self._config.temperature,
                 log_q=self._config.log_q,
+                weights=weights.to(device),
             )
         return loss, table, rows
 

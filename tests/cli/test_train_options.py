@@ -8,7 +8,7 @@ import pytest
 from retrieval.cli.main import main
 from retrieval.cli.options import add_training_options, train_config
 from retrieval.encoder.checkpoint import load_checkpoint
-from retrieval.errors import ConfigError
+from retrieval.errors import ConfigError, InputError
 from retrieval.training.config import TrainConfig
 from tests.support import cyclic_histories, write_dataset
 
@@ -27,6 +27,7 @@ OPTIONS = {
     "temperature": 0.1,
     "stochastic_length": 1.6,
     "mask_share": 0.3,
+    "action_weights": {"like": 1.0, "buy=now": 3.0},
     "sparse_items": True,
     "precision": "bfloat16",
     "ema_decay": 0.99,
@@ -49,6 +50,9 @@ def test_every_hyperparameter_has_an_option() -> None:
         option = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, dict):
+            for key, weight in value.items():
+                arguments += ["--action-weight", f"{key}={weight}"]
         else:
             arguments += [f"--{option}", str(value)]
     assert train_config(parsed(arguments)) == TrainConfig.model_validate(OPTIONS)
@@ -60,6 +64,10 @@ def test_defaults_are_those_of_the_configuration() -> None:
 
 
 def test_an_impossible_value_is_named() -> None:
+    with pytest.raises(InputError, match="--action-weight like: is not NAME=VALUE"):
+        train_config(parsed(["--action-weight", "like"]))
+    with pytest.raises(ConfigError, match="command line: action_weights.like"):
+        train_config(parsed(["--action-weight", "like=-1"]))
     with pytest.raises(ConfigError, match="command line: stochastic_length"):
         train_config(parsed(["--stochastic-length", "2.5"]))
 
