@@ -132,6 +132,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help="weight of a positive action as a target, e.g. purchase=3 (default: 1); may be repeated",
     )
     group.add_argument(
+        "--item-features", type=existing_path, metavar="FILE", help="TOML: item attributes that embeddings are made of"
+    )
+    group.add_argument(
         "--sparse-items",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -155,11 +158,14 @@ def train_config(parsed: argparse.Namespace, **defaults: float) -> "TrainConfig"
         ConfigError: a value is impossible.
         InputError: a weight is not ACTION=WEIGHT.
     """
+    from retrieval.data.item_features import ItemSchema
     from retrieval.training.config import TrainConfig
 
     given = {name: value for name in TrainConfig.model_fields if (value := getattr(parsed, name)) is not None}
     if "action_weights" in given:
         given["action_weights"] = _numbers(given["action_weights"], "--action-weight")
+    if "item_features" in given:
+        given["item_features"] = ItemSchema.load(given["item_features"])
     return TrainConfig.parse(defaults | given, "command line")
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from retrieval.config import Config
+from retrieval.data.item_features import ItemSchema
 from retrieval.training.loss import LogQ
 from retrieval.training.negatives import NegativeKind
 from retrieval.training.schedule import Schedule
@@ -35,6 +36,7 @@ class TrainConfig(Config):
         mask_share: share of a history's tokens that a cloze encoder has to fill in.
         action_weights: weight of a target by its action, of positive actions; 1 where none is given. A step's loss is
             the mean by weight.
+        item_features: attributes that item embeddings are made of beside the id; None: the id alone.
         sparse_items: whether a step reads and updates only the rows of the item table that it names: see
             `training.optimizer`. "auto": with sampled negatives and more than 100,000 items.
         precision: of products in the encoder and the loss; weights and sums stay float32.
@@ -60,6 +62,7 @@ class TrainConfig(Config):
     stochastic_length: float | None = Field(default=None, gt=1, le=2)
     mask_share: float = Field(default=0.2, gt=0, lt=1)
     action_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    item_features: ItemSchema | None = None
     sparse_items: bool | Literal["auto"] = "auto"
     precision: Precision = "float32"
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
