@@ -158,14 +158,14 @@ def train_config(parsed: argparse.Namespace, **defaults: float) -> "TrainConfig"
         ConfigError: a value is impossible.
         InputError: a weight is not ACTION=WEIGHT.
     """
-    from retrieval.data.item_features import ItemSchema
+    from retrieval.data.item_features import ItemFeatureSchema
     from retrieval.training.config import TrainConfig
 
     given = {name: value for name in TrainConfig.model_fields if (value := getattr(parsed, name)) is not None}
     if "action_weights" in given:
         given["action_weights"] = _numbers(given["action_weights"], "--action-weight")
     if "item_features" in given:
-        given["item_features"] = ItemSchema.load(given["item_features"])
+        given["item_features"] = ItemFeatureSchema.load(given["item_features"])
     return TrainConfig.parse(defaults | given, "command line")
 
 

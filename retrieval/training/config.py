@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from retrieval.config import Config
-from retrieval.data.item_features import ItemSchema
+from retrieval.data.item_features import ItemFeatureSchema
 from retrieval.training.loss import LogQ
 from retrieval.training.negatives import NegativeKind
 from retrieval.training.schedule import Schedule
@@ -62,7 +62,7 @@ class TrainConfig(Config):
     stochastic_length: float | None = Field(default=None, gt=1, le=2)
     mask_share: float = Field(default=0.2, gt=0, lt=1)
     action_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    item_features: ItemSchema | None = None
+    item_features: ItemFeatureSchema | None = None
     sparse_items: bool | Literal["auto"] = "auto"
     precision: Precision = "float32"
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.data.item_features import ItemFeatures, ItemSchema
+from retrieval.data.item_features import ItemFeatures, ItemFeatureSchema
 
 __all__ = ["ItemTable"]
 
@@ -30,7 +30,7 @@ class ItemTable(nn.Module):
         width: D.
     """
 
-    def __init__(self, features: ItemFeatures, schema: ItemSchema, item_counts: NDArray, width: int) -> None:
+    def __init__(self, features: ItemFeatures, schema: ItemFeatureSchema, item_counts: NDArray, width: int) -> None:
         super().__init__()
         self._id_dropout = schema.id_dropout
         self.weight = nn.Parameter(torch.empty(features.size, width))

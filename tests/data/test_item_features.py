@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from retrieval.data.item_features import ItemAttribute, ItemFeatures, ItemSchema, item_features
+from retrieval.data.item_features import ItemAttribute, ItemFeatures, ItemFeatureSchema, item_features
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.errors import ConfigError
 
@@ -25,7 +25,7 @@ def of(features: ItemFeatures) -> list[list[int]]:
 
 
 def features_of(name: str, attribute: ItemAttribute) -> list[list[int]]:
-    features = item_features(ITEMS, ItemSchema(attributes={name: attribute}))
+    features = item_features(ITEMS, ItemFeatureSchema(attributes={name: attribute}))
     assert features.size == attribute.buckets
     assert all(0 <= place < features.size for places in of(features) for place in places)
     return of(features)
@@ -57,10 +57,10 @@ def test_numbers_go_by_quantiles() -> None:
 
 def test_attributes_do_not_share_rows() -> None:
     genres, year = ItemAttribute(kind="set", buckets=50), ItemAttribute(kind="number", buckets=3)
-    features = item_features(ITEMS, ItemSchema(attributes={"year": year, "genres": genres}))
+    features = item_features(ITEMS, ItemFeatureSchema(attributes={"year": year, "genres": genres}))
     assert features.size == 53
     assert of(features)[0][-1] == 50
-    same = item_features(ITEMS, ItemSchema(attributes={"genres": genres, "year": year}))
+    same = item_features(ITEMS, ItemFeatureSchema(attributes={"genres": genres, "year": year}))
     np.testing.assert_array_equal(features.features, same.features)
 
 
@@ -76,7 +76,7 @@ def test_attributes_do_not_share_rows() -> None:
 def test_a_schema_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "items.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        ItemSchema.load(tmp_path / "items.toml")
+        ItemFeatureSchema.load(tmp_path / "items.toml")
 
 
 def test_a_column_that_does_not_fit_is_named() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrieval.data.dataset import Dataset
-from retrieval.data.item_features import ItemSchema, item_features
+from retrieval.data.item_features import ItemFeatureSchema, item_features
 from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.config import HSTUConfig
@@ -19,7 +19,9 @@ from retrieval.training.trainer import train
 from tests.support import write_dataset
 
 GROUPS, WARM, COLD = 5, 40, 10
-SCHEMA = ItemSchema.model_validate({"attributes": {"group": {"kind": "category", "buckets": 97}}, "id_dropout": 0.3})
+SCHEMA = ItemFeatureSchema.model_validate(
+    {"attributes": {"group": {"kind": "category", "buckets": 97}}, "id_dropout": 0.3}
+)
 
 
 def grouped(folder: Path) -> Dataset:
@@ -31,8 +33,8 @@ def grouped(folder: Path) -> Dataset:
         items = groups + GROUPS * rng.integers(0, WARM // GROUPS, 8)
         histories.append([(int(item), 1, 1_000_000 + 60 * place) for place, item in enumerate(items)])
     write_dataset(folder, histories, range(WARM + COLD))
-    groups = [f"g{item % GROUPS}" for item in range(WARM + COLD)]
-    Vocabulary(pa.array(range(WARM + COLD)), {"group": pa.array(groups)}).save(folder / "vocabulary.arrow")
+    names = [f"g{item % GROUPS}" for item in range(WARM + COLD)]
+    Vocabulary(pa.array(range(WARM + COLD)), {"group": pa.array(names)}).save(folder / "vocabulary.arrow")
     return Dataset(folder)
 
 

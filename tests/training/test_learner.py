@@ -133,7 +133,7 @@ def test_a_steps_loss_is_the_mean_by_weight(tmp_path: Path) -> None:
     """Two positions asked with weights 1 and 2 have the loss Σ w·loss / Σ w of those asked alone."""
     config = TrainConfig(batch_size=16, negatives="uniform", num_negatives=ITEMS)
     places = np.array([0, 5])
-    losses = []
+    losses: list[float] = []
     for chosen in ([1, 0], [0, 1], [1, 2]):
         learner, batch = prepared(tmp_path / str(len(losses)), HSTU.model_copy(update={"dropout": 0.0}), config)
         weights = np.zeros_like(batch.weights)
