@@ -20,7 +20,7 @@ from retrieval.config import Config
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.errors import ConfigError
 
-__all__ = ["ItemAttribute", "ItemFeatures", "ItemSchema", "item_features"]
+__all__ = ["ItemAttribute", "ItemFeatures", "ItemFeatureSchema", "item_features"]
 
 _WORD = re.compile(r"\w+")
 
@@ -40,7 +40,7 @@ class ItemAttribute(Config):
     buckets: int = Field(default=1024, ge=1, le=2**24)
 
 
-class ItemSchema(Config):
+class ItemFeatureSchema(Config):
     """What an item's embedding is made of beside its id.
 
     Attributes:
@@ -54,7 +54,7 @@ class ItemSchema(Config):
     min_count: int = Field(default=1, ge=1)
 
     @classmethod
-    def load(cls, path: Path) -> "ItemSchema":
+    def load(cls, path: Path) -> "ItemFeatureSchema":
         """Read a TOML file.
 
         Raises:
@@ -82,7 +82,7 @@ class ItemFeatures:
     size: int
 
 
-def item_features(vocabulary: Vocabulary, schema: ItemSchema) -> ItemFeatures:
+def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema) -> ItemFeatures:
     """Features of a catalogue. Depend on the catalogue and the schema alone, and not on the order of attributes.
 
     Raises:
