@@ -20,7 +20,7 @@ from retrieval.config import Config
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.errors import ConfigError
 
-__all__ = ["ItemAttribute", "ItemFeatures", "ItemFeatureSchema", "item_features"]
+__all__ = ["ItemAttribute", "ItemFeatureSchema", "ItemFeatures", "item_features"]
 
 _WORD = re.compile(r"\w+")
 
