@@ -97,7 +97,8 @@ def report_table(report: "Report", possible: Mapping[int, float] | None = None) 
     columns = [f"recall@{k}" for k in KS] + ["ndcg@10", "mrr"]
     moment = f" at {report.split.time}" if report.split.time is not None else ""
     title = f"{report.split.protocol}{moment}: {report.queries:,} users, {report.candidates:,} candidates"
-    caption = f"equal times by {report.tie_order}; own history hidden; ± half of the 95% interval"
+    targets = f"targets: {', '.join(report.positive)}; " if any(report.positive) else ""
+    caption = f"{targets}equal times by {report.tie_order}; own history hidden; ± half of the 95% interval"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("ranker")
     for column in columns:

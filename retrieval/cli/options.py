@@ -74,14 +74,20 @@ def index_spec(parsed: argparse.Namespace) -> "IndexSpec":
     """
     from retrieval.index.spec import IndexSpec
 
-    search = {}
-    for text in parsed.search:
-        name, _, value = text.partition("=")
+    return IndexSpec(factory=parsed.index, search=_numbers(parsed.search, "--search"))
+
+
+def _numbers(texts: list[str], option: str) -> dict[str, float]:
+    """Read NAME=VALUE pairs."""
+    numbers = {}
+    for text in texts:
+        # The last "=": a name may hold one.
+        name, _, value = text.rpartition("=")
         try:
-            search[name] = float(value)
+            numbers[name] = float(value)
         except ValueError:
-            raise InputError(f"--search {text}: is not NAME=VALUE with a number") from None
-    return IndexSpec(factory=parsed.index, search=search)
+            raise InputError(f"{option} {text}: is not NAME=VALUE with a number") from None
+    return numbers
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +125,16 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mask-share", type=float, help="of tokens that BERT4Rec has to fill in (default: 0.2)")
     group.add_argument(
+        "--action-weight",
+        dest="action_weights",
+        action="append",
+        metavar="ACTION=WEIGHT",
+        help="weight of a positive action as a target, e.g. purchase=3 (default: 1); may be repeated",
+    )
+    group.add_argument(
+        "--item-features", type=existing_path, metavar="FILE", help="TOML: item attributes that embeddings are made of"
+    )
+    group.add_argument(
         "--sparse-items",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -140,10 +156,16 @@ def train_config(parsed: argparse.Namespace, **defaults: float) -> "TrainConfig"
 
     Raises:
         ConfigError: a value is impossible.
+        InputError: a weight is not ACTION=WEIGHT.
     """
+    from retrieval.data.item_features import ItemFeatureSchema
     from retrieval.training.config import TrainConfig
 
     given = {name: value for name in TrainConfig.model_fields if (value := getattr(parsed, name)) is not None}
+    if "action_weights" in given:
+        given["action_weights"] = _numbers(given["action_weights"], "--action-weight")
+    if "item_features" in given:
+        given["item_features"] = ItemFeatureSchema.load(given["item_features"])
     return TrainConfig.parse(defaults | given, "command line")
 
 

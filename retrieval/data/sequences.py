@@ -17,12 +17,13 @@ class TrainingBatch:
     Attributes:
         inputs: the histories; the query time of each token is the time of its target.
         targets: vocabulary rows, int64 `[T]`.
-        mask: bool `[T]`; true where the target is a positive engagement, so that it counts in the loss.
+        weights: of each target in the loss, float32 `[T]`; 0 where it is not a positive engagement: it is read as the
+            next token's input, but not predicted.
     """
 
     inputs: JaggedBatch
     targets: NDArray[np.int64]
-    mask: NDArray[np.bool_]
+    weights: NDArray[np.float32]
 
 
 def _window_index(
@@ -73,7 +74,7 @@ def gather_training(
     events: EventColumns,
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
-    positive: NDArray[np.bool_],
+    action_weights: NDArray[np.float32],
     max_length: int,
 ) -> TrainingBatch:
     """Cut B training sequences of at least two events: each but the last is input, each but the first a target.
@@ -82,7 +83,7 @@ def gather_training(
         events: of any number of users.
         starts: first event of each sequence, int64 `[B]`.
         ends: one past the last event of each sequence, int64 `[B]`.
-        positive: whether each action code is a positive engagement, bool `[A]`.
+        action_weights: weight of a target by its action code, 0 where that is not positive, float32 `[A]`.
         max_length: only the last so many inputs are read.
     """
     inputs = gather_histories(events, starts, ends - 1, events.timestamps[ends - 1].astype(np.int64), max_length)
@@ -90,5 +91,5 @@ def gather_training(
     return TrainingBatch(
         inputs=inputs,
         targets=events.items[index + 1].astype(np.int64),
-        mask=positive[events.actions[index + 1]],
+        weights=action_weights[events.actions[index + 1]],
     )

@@ -75,5 +75,5 @@ def keep_tokens(batch: TrainingBatch, kept: NDArray[np.int64]) -> TrainingBatch:
             query_times=inputs.query_times[kept],
         ),
         targets=batch.targets[kept],
-        mask=batch.mask[kept],
+        weights=batch.weights[kept],
     )

@@ -34,6 +34,7 @@ class Report(Config):
         dataset: fingerprint of the dataset.
         split: the protocol and its moment.
         tie_order: what orders events of equal time; it decides targets.
+        positive: actions whose events may be asked for; others are only read.
         queries: users that were asked about.
         candidates: items ranked for each of them, their history aside.
         unseen_targets: share of the items to find that have no training event.
@@ -43,6 +44,7 @@ class Report(Config):
     dataset: str
     split: SplitInfo
     tie_order: str
+    positive: tuple[str, ...]
     queries: int
     candidates: int
     unseen_targets: float
@@ -99,6 +101,7 @@ def evaluate(
         dataset=dataset.info.fingerprint,
         split=split.info,
         tie_order=dataset.info.tie_order,
+        positive=tuple(action.value for action in dataset.info.actions if action.positive),
         queries=len(split.test),
         candidates=num_items,
         unseen_targets=float(np.mean(counts[dataset.events.items[split.test.targets]] == 0)),

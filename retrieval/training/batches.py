@@ -1,7 +1,7 @@
 """Training batches in an order that only the seed and the epoch decide, and how each is cut and thinned."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from retrieval.data.dataset import Dataset
 from retrieval.data.sequences import TrainingBatch, gather_histories, gather_training
 from retrieval.data.splits import Split
 from retrieval.data.stochastic_length import keep_tokens, stochastic_length
+from retrieval.errors import ConfigError
 from retrieval.training.config import TrainConfig
 from retrieval.types import JaggedBatch
 
@@ -28,12 +29,16 @@ class Batches:
         config: hyperparameters.
         objective: "next": each token is followed by its target. "cloze": tokens are masked and to be filled in.
         max_length: most tokens of a history.
+
+    Raises:
+        ConfigError: `config.action_weights` names what is not a positive action of the dataset.
     """
 
     def __init__(
         self, dataset: Dataset, split: Split, config: TrainConfig, *, objective: Objective, max_length: int
     ) -> None:
         self._dataset, self._config, self._objective, self._max_length = dataset, config, objective, max_length
+        self._action_weights = _weights_of(dataset, config.action_weights)
         self._ends = split.train_ends
         self._users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
         self.per_epoch = math.ceil(len(self._users) / config.batch_size)
@@ -50,15 +55,15 @@ class Batches:
             yield step, self._cut(order[place * size : (place + 1) * size], rng)
 
     def _cut(self, users: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
-        events, positive = self._dataset.events, self._dataset.positive
+        events, weights = self._dataset.events, self._action_weights
         starts, ends = self._dataset.offsets[users], self._ends[users]
         if self._objective == "cloze":
             times = events.timestamps[ends - 1].astype(np.int64)
             histories = gather_histories(events, starts, ends, times, self._max_length)
             mask_item = len(self._dataset.vocabulary)
-            batch = cloze_batch(histories, positive, self._config.mask_share, mask_item, rng)
+            batch = cloze_batch(histories, weights, self._config.mask_share, mask_item, rng)
         else:
-            batch = gather_training(events, starts, ends, positive, self._max_length)
+            batch = gather_training(events, starts, ends, weights, self._max_length)
         alpha = self._config.stochastic_length
         if alpha is not None:
             inputs = batch.inputs
@@ -68,7 +73,11 @@ class Batches:
 
 
 def cloze_batch(
-    histories: JaggedBatch, positive: NDArray[np.bool_], share: float, mask_item: int, rng: np.random.Generator
+    histories: JaggedBatch,
+    action_weights: NDArray[np.float32],
+    share: float,
+    mask_item: int,
+    rng: np.random.Generator,
 ) -> TrainingBatch:
     """Mask tokens that are to be filled in (BERT4Rec, arXiv 1904.06690, section 3.6).
 
@@ -78,12 +87,13 @@ def cloze_batch(
 
     Args:
         histories: with the event to predict as their last.
-        positive: whether each action code is a positive engagement, bool `[A]`.
+        action_weights: weight of a target by its action code, 0 where that is not positive, float32 `[A]`.
         share: of positive events that are masked.
         mask_item: stands for an item that is to be filled in.
         rng: every random choice.
     """
-    may = positive[histories.actions]
+    weights = action_weights[histories.actions]
+    may = weights > 0
     masked = may & (rng.random(len(may)) < share)
     place = np.where(may, np.arange(len(may)), -1)
     for start, end in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
@@ -96,4 +106,14 @@ def cloze_batch(
         timestamps=histories.timestamps,
         query_times=histories.query_times,
     )
-    return TrainingBatch(inputs=inputs, targets=histories.items, mask=masked)
+    return TrainingBatch(inputs=inputs, targets=histories.items, weights=np.where(masked, weights, np.float32(0)))
+
+
+def _weights_of(dataset: Dataset, given: Mapping[str, float]) -> NDArray[np.float32]:
+    """Weight of each action code as a target, float32 `[A]`: 1, or as given; 0 where it is not positive."""
+    positive = [action.value for action in dataset.info.actions if action.positive]
+    for name in given:
+        if name not in positive:
+            raise ConfigError(f"action_weights: {name!r} is not a positive action of {dataset.path}; it has {positive}")
+    weights = [given.get(action.value, 1.0) if action.positive else 0.0 for action in dataset.info.actions]
+    return np.array(weights, np.float32)

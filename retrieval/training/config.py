@@ -1,10 +1,11 @@
 """Hyperparameters of a training run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from retrieval.config import Config
+from retrieval.data.item_features import ItemFeatureSchema
 from retrieval.training.loss import LogQ
 from retrieval.training.negatives import NegativeKind
 from retrieval.training.schedule import Schedule
@@ -33,6 +34,9 @@ class TrainConfig(Config):
         temperature: τ of the softmax.
         stochastic_length: α of `data.stochastic_length`; None reads histories whole.
         mask_share: share of a history's tokens that a cloze encoder has to fill in.
+        action_weights: weight of a target by its action, of positive actions; 1 where none is given. A step's loss is
+            the mean by weight.
+        item_features: attributes that item embeddings are made of beside the id; None: the id alone.
         sparse_items: whether a step reads and updates only the rows of the item table that it names: see
             `training.optimizer`. "auto": with sampled negatives and more than 100,000 items.
         precision: of products in the encoder and the loss; weights and sums stay float32.
@@ -57,6 +61,8 @@ class TrainConfig(Config):
     temperature: float = Field(default=0.05, gt=0)
     stochastic_length: float | None = Field(default=None, gt=1, le=2)
     mask_share: float = Field(default=0.2, gt=0, lt=1)
+    action_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    item_features: ItemFeatureSchema | None = None
     sparse_items: bool | Literal["auto"] = "auto"
     precision: Precision = "float32"
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

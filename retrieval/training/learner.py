@@ -3,21 +3,24 @@
 Legend: T tokens, D width, N items, U rows of the item table that a step names.
 """
 
+import copy
 import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from retrieval.data.item_features import ItemFeatures
 from retrieval.data.sequences import TrainingBatch
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import TrainingError
 from retrieval.training.config import TrainConfig
+from retrieval.training.item_table import ItemTable
 from retrieval.training.loss import next_item_loss
 from retrieval.training.negatives import Negatives, NegativeSampler
 from retrieval.training.optimizer import EncoderOptimizer, updates_by_rows
@@ -45,16 +48,30 @@ class Learner:
         config: hyperparameters.
         item_counts: training events of each item, int64 `[N]`.
         steps: of the whole run, for the schedule.
+        features: of every item, where `config.item_features` names some.
 
     Raises:
         ConfigError: hyperparameters that exclude each other.
     """
 
-    def __init__(self, encoder: UserEncoder, config: TrainConfig, item_counts: NDArray[np.int64], steps: int) -> None:
+    def __init__(
+        self,
+        encoder: UserEncoder,
+        config: TrainConfig,
+        item_counts: NDArray[np.int64],
+        steps: int,
+        features: ItemFeatures | None = None,
+    ) -> None:
         self.encoder, self._config, self._steps = encoder, config, steps
         self.by_rows = updates_by_rows(config, encoder.config.num_items)
+        self._model: nn.Module = encoder
+        self._item_table: ItemTable | None = None
+        if features is not None:
+            assert config.item_features is not None
+            table = ItemTable(features, config.item_features, item_counts, encoder.config.width).to(encoder.device)
+            self._item_table, self._model = table, nn.ModuleList([encoder, table])
         self._optimizer = EncoderOptimizer(
-            encoder, encoder.item_embedding.weight, weight_decay=config.weight_decay, by_rows=self.by_rows
+            self._model, encoder.item_embedding.weight, weight_decay=config.weight_decay, by_rows=self.by_rows
         )
         # So many uniform draws cost what the whole catalogue costs, and are noisier.
         everything = config.negatives == "uniform" and config.num_negatives >= encoder.config.num_items
@@ -64,20 +81,24 @@ class Learner:
         )
         self._average: AveragedModel | None = None
         if config.ema_decay is not None:
-            self._average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            self._average = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
 
     @property
     def best_encoder(self) -> UserEncoder:
-        """What is evaluated and kept: the running mean where there is one."""
-        if self._average is None:
-            return self.encoder
-        module = self._average.module
-        assert isinstance(module, UserEncoder)
-        return module
+        """What is evaluated and kept: the running mean where there is one, with finished item embeddings."""
+        model = self._model if self._average is None else self._average.module
+        if isinstance(model, UserEncoder):
+            return model
+        assert isinstance(model, nn.ModuleList)
+        encoder = copy.deepcopy(model[0])
+        assert isinstance(encoder, UserEncoder)
+        with torch.no_grad():
+            encoder.item_embedding.weight.copy_(model[1](encoder.item_embedding.weight))
+        return encoder
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, by name, not copied: what is written into these tensors is the state."""
-        tensors = {f"model.{name}": one for name, one in self.encoder.state_dict().items()}
+        tensors = {f"model.{name}": one for name, one in self._model.state_dict().items()}
         tensors |= {f"optimizer.{name}": one for name, one in self._optimizer.tensors().items()}
         if self._average is not None:
             tensors |= {f"average.{name}": one for name, one in self._average.state_dict().items()}
@@ -93,7 +114,7 @@ class Learner:
         seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)
         rate = learning_rate_at(step, self._steps, config.learning_rate, config.schedule, config.warmup_steps)
-        if not batch.mask.any():
+        if not batch.weights.any():
             return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
         self.encoder.train()
         loss, table, rows = self._loss(batch, torch.Generator().manual_seed(seed))
@@ -111,14 +132,15 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(learned, config.clip_norm, norm)
         self._optimizer.step(rate, rows, table.grad if rows is not None else None)
         if self._average is not None:
-            self._average.update_parameters(self.encoder)
+            self._average.update_parameters(self._model)
         return StepOutcome(loss=value, grad_norm=float(norm), learning_rate=rate)
 
     def _loss(self, batch: TrainingBatch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss of a batch, the item table that it was computed with, and by rows the rows that this holds."""
         device = self.encoder.device
-        asked = torch.from_numpy(np.flatnonzero(batch.mask))
+        asked = torch.from_numpy(np.flatnonzero(batch.weights))
         items, targets = torch.from_numpy(batch.inputs.items), torch.from_numpy(batch.targets)[asked]
+        weights = torch.from_numpy(batch.weights)[asked]
         negatives = self._sampler.draw(targets, generator)
         table: Tensor = self.encoder.item_embedding.weight
         rows = None
@@ -128,18 +150,22 @@ class Learner:
             rows, items, targets, negatives = _renumber(items, targets, negatives, len(table))
             rows = rows.to(device)
             table = table.detach()[rows].requires_grad_()
+        item_table = table
+        if self._item_table is not None:
+            item_table = self._item_table(table, rows, generator)
         inputs = replace(JaggedTensors.of(batch.inputs, device), items=items.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
-            users: Tensor = functional_call(self.encoder, {_TABLE: table}, (inputs,))
+            users: Tensor = functional_call(self.encoder, {_TABLE: item_table}, (inputs,))
             if len(asked) < len(users):
                 users = users.index_select(0, asked.to(device))
             loss = next_item_loss(
                 users,
                 targets.to(device),
                 _on(negatives, device),
-                table,
+                item_table,
                 temperature=self._config.temperature,
                 log_q=self._config.log_q,
+                weights=weights.to(device),
             )
         return loss, table, rows
 

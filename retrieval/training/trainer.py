@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from retrieval.data.dataset import Dataset
+from retrieval.data.item_features import item_features
 from retrieval.data.splits import Split, training_counts
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
@@ -105,7 +106,8 @@ def train(
 
     Raises:
         InputError: `run_dir` holds a run and `resume` is false.
-        ConfigError: hyperparameters that exclude each other, or `patience` without validation.
+        ConfigError: hyperparameters that exclude each other or that the dataset does not fit, or `patience` without
+            validation.
         CheckpointError: `run_dir` holds a run with other settings.
         TrainingError: the loss, its gradient or the validation is no longer finite; what is on disk is from before.
         TrainingStoppedError: SIGTERM or SIGINT came; the step in hand was finished and the state saved.
@@ -120,7 +122,9 @@ def train(
         encoder.load_state_dict(dict(initial))
     batches = Batches(dataset, split, config, objective=encoder.objective, max_length=encoder_config.max_length)
     steps = batches.per_epoch * config.epochs
-    learner = Learner(encoder, config, training_counts(dataset, split), steps)
+    schema = config.item_features
+    features = None if schema is None else item_features(dataset.vocabulary, schema)
+    learner = Learner(encoder, config, training_counts(dataset, split), steps, features)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
     run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, _fingerprint(initial))

@@ -8,10 +8,11 @@ import pytest
 from retrieval.cli.main import main
 from retrieval.cli.options import add_training_options, train_config
 from retrieval.encoder.checkpoint import load_checkpoint
-from retrieval.errors import ConfigError
+from retrieval.errors import ConfigError, InputError
 from retrieval.training.config import TrainConfig
 from tests.support import cyclic_histories, write_dataset
 
+ITEM_FEATURES = {"id_dropout": 0.2, "attributes": {"genres": {"kind": "set", "buckets": 32}}}
 OPTIONS = {
     "epochs": 3,
     "batch_size": 64,
@@ -27,6 +28,7 @@ OPTIONS = {
     "temperature": 0.1,
     "stochastic_length": 1.6,
     "mask_share": 0.3,
+    "action_weights": {"like": 1.0, "buy=now": 3.0},
     "sparse_items": True,
     "precision": "bfloat16",
     "ema_decay": 0.99,
@@ -42,16 +44,21 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def test_every_hyperparameter_has_an_option() -> None:
-    assert set(OPTIONS) == set(TrainConfig.model_fields)
-    arguments: list[str] = []
+def test_every_hyperparameter_has_an_option(tmp_path: Path) -> None:
+    features = tmp_path / "items.toml"
+    features.write_text('id_dropout = 0.2\n[attributes.genres]\nkind = "set"\nbuckets = 32\n')
+    assert {*OPTIONS, "item_features"} == set(TrainConfig.model_fields)
+    arguments = ["--item-features", str(features)]
     for name, value in OPTIONS.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, dict):
+            for key, weight in value.items():
+                arguments += ["--action-weight", f"{key}={weight}"]
         else:
             arguments += [f"--{option}", str(value)]
-    assert train_config(parsed(arguments)) == TrainConfig.model_validate(OPTIONS)
+    assert train_config(parsed(arguments)) == TrainConfig.model_validate(OPTIONS | {"item_features": ITEM_FEATURES})
 
 
 def test_defaults_are_those_of_the_configuration() -> None:
@@ -60,6 +67,10 @@ def test_defaults_are_those_of_the_configuration() -> None:
 
 
 def test_an_impossible_value_is_named() -> None:
+    with pytest.raises(InputError, match="--action-weight like: is not NAME=VALUE"):
+        train_config(parsed(["--action-weight", "like"]))
+    with pytest.raises(ConfigError, match=r"command line: action_weights\.like"):
+        train_config(parsed(["--action-weight", "like=-1"]))
     with pytest.raises(ConfigError, match="command line: stochastic_length"):
         train_config(parsed(["--stochastic-length", "2.5"]))
 

@@ -78,10 +78,10 @@ def test_a_token_that_stays_keeps_its_target_and_query_time() -> None:
         items=np.arange(9), actions=np.array([1, 1, 0, 1, 1, 1, 0, 1, 1], np.uint8), timestamps=np.arange(9) * 10
     )
     starts, ends = np.array([0, 4]), np.array([4, 9])
-    whole = gather_training(events, starts, ends, np.array([False, True]), 10)
+    whole = gather_training(events, starts, ends, np.array([0, 1], np.float32), 10)
     thin = keep_tokens(whole, np.array([0, 1, 4]))
     assert thin.inputs.offsets.tolist() == [0, 2, 3]
     assert thin.inputs.items.tolist() == [0, 1, 5]
     assert thin.targets.tolist() == [1, 2, 6]
-    assert thin.mask.tolist() == [True, False, False]
+    assert thin.weights.tolist() == [1, 0, 0]
     assert thin.inputs.query_times.tolist() == [10, 20, 60]

@@ -74,6 +74,7 @@ def test_an_oracle_is_found_perfect_exactly_and_through_an_index(world: Dataset)
         assert report.row(ranker).metrics["mrr"].mean == 1
     assert report.row("popularity").metrics["recall@10"].mean < 0.5
     assert report.unseen_targets == 0
+    assert report.positive == ("like",)
 
 
 def test_a_random_model_finds_k_of_n(world: Dataset) -> None:

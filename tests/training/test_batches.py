@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from retrieval.data.splits import SplitInfo, split_dataset
+from retrieval.errors import ConfigError
 from retrieval.training.batches import Batches, cloze_batch
 from retrieval.training.config import TrainConfig
 from retrieval.types import JaggedBatch
 from tests.support import cyclic_histories, write_dataset
 
-POSITIVE = np.array([False, True, False])
+WEIGHTS = np.array([0, 2, 0], np.float32)
 
 
 def histories(lengths: list[int], actions: list[int]) -> JaggedBatch:
@@ -25,9 +27,9 @@ def histories(lengths: list[int], actions: list[int]) -> JaggedBatch:
 
 
 def test_masked_tokens_are_their_own_targets_and_tell_neither_item_nor_action() -> None:
-    batch = cloze_batch(histories([400, 100], [1, 2] * 250), POSITIVE, 0.3, 999, np.random.default_rng(0))
+    batch = cloze_batch(histories([400, 100], [1, 2] * 250), WEIGHTS, 0.3, 999, np.random.default_rng(0))
     masked = batch.inputs.items == 999
-    assert np.array_equal(masked, batch.mask)
+    assert np.array_equal(np.where(masked, 2, 0), batch.weights)
     assert np.array_equal(batch.targets, np.arange(500) + 10)
     assert not batch.inputs.actions[masked].any()
     assert np.array_equal(batch.inputs.items[~masked], batch.targets[~masked])
@@ -36,8 +38,8 @@ def test_masked_tokens_are_their_own_targets_and_tell_neither_item_nor_action() 
 
 
 def test_a_row_without_a_mask_has_its_last_positive_event_masked() -> None:
-    batch = cloze_batch(histories([3, 1, 2], [1, 1, 2, 1, 2, 2]), POSITIVE, 1e-9, 99, np.random.default_rng(0))
-    assert batch.mask.tolist() == [False, True, False, True, False, False]
+    batch = cloze_batch(histories([3, 1, 2], [1, 1, 2, 1, 2, 2]), WEIGHTS, 1e-9, 99, np.random.default_rng(0))
+    assert batch.weights.tolist() == [0, 2, 0, 2, 0, 0]
 
 
 def test_every_epoch_visits_every_user_once_in_an_order_of_its_own(tmp_path: Path) -> None:
@@ -54,3 +56,10 @@ def test_every_epoch_visits_every_user_once_in_an_order_of_its_own(tmp_path: Pat
         for (step, batch), (same, again) in zip(steps[first:], batches.from_step(first), strict=True):
             assert step == same
             assert np.array_equal(batch.inputs.items, again.inputs.items)
+
+
+def test_a_weight_for_what_is_not_a_positive_action_is_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", cyclic_histories(users=10, items=10, length=4), range(10))
+    split = split_dataset(dataset, SplitInfo(protocol="all"))
+    with pytest.raises(ConfigError, match="action_weights: 'buy' is not a positive action"):
+        Batches(dataset, split, TrainConfig(action_weights={"buy": 2}), objective="next", max_length=8)

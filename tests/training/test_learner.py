@@ -96,7 +96,7 @@ def test_a_step_by_rows_makes_nothing_of_the_catalogues_size(tmp_path: Path) -> 
 def test_a_step_without_a_target_changes_nothing(tmp_path: Path) -> None:
     learner, batch = prepared(tmp_path / "data", HSTU, TrainConfig(batch_size=16, weight_decay=0.1))
     before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
-    empty = TrainingBatch(inputs=batch.inputs, targets=batch.targets, mask=np.zeros_like(batch.mask))
+    empty = TrainingBatch(inputs=batch.inputs, targets=batch.targets, weights=np.zeros_like(batch.weights))
     assert learner.step(empty, 0).loss == 0.0
     assert all(torch.equal(before[name], tensor) for name, tensor in learner.tensors().items())
 
@@ -110,3 +110,35 @@ def test_a_step_that_fails_changes_nothing(tmp_path: Path) -> None:
         learner.step(batch, 5)
     for name, tensor in learner.tensors().items():
         assert torch.equal(before[name].nan_to_num(), tensor.nan_to_num()), name
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_masked_position_gives_no_gradient(tmp_path: Path, by_rows: bool) -> None:
+    """What a masked target is changes nothing: an item that only masked positions ask for stays as it was."""
+    config = TrainConfig(batch_size=16, num_negatives=2, negatives="in-batch", sparse_items=by_rows)
+    after = []
+    for masked_target in (3, ITEMS - 1):
+        learner, batch = prepared(tmp_path / str(masked_target), HSTU, config)
+        before = learner.encoder.item_embedding.weight.detach().clone()
+        weights = batch.weights.copy()
+        weights[::3] = 0
+        targets = np.where(weights > 0, batch.targets, masked_target)
+        learner.step(TrainingBatch(inputs=batch.inputs, targets=targets, weights=weights), 0)
+        after.append({name: tensor.clone() for name, tensor in learner.encoder.state_dict().items()})
+    assert torch.equal(after[1]["item_embedding.weight"][-1], before[-1])
+    assert all(torch.equal(tensor, after[1][name]) for name, tensor in after[0].items())
+
+
+def test_a_steps_loss_is_the_mean_by_weight(tmp_path: Path) -> None:
+    """Two positions asked with weights 1 and 2 have the loss Σ w·loss / Σ w of those asked alone."""
+    config = TrainConfig(batch_size=16, negatives="uniform", num_negatives=ITEMS)
+    places = np.array([0, 5])
+    losses: list[float] = []
+    for chosen in ([1, 0], [0, 1], [1, 2]):
+        learner, batch = prepared(tmp_path / str(len(losses)), HSTU.model_copy(update={"dropout": 0.0}), config)
+        weights = np.zeros_like(batch.weights)
+        weights[places] = chosen
+        outcome = learner.step(TrainingBatch(inputs=batch.inputs, targets=batch.targets, weights=weights), 0)
+        losses.append(outcome.loss)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert losses[2] == pytest.approx((losses[0] + 2 * losses[1]) / 3, rel=1e-5)

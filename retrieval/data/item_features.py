@@ -1,0 +1,136 @@
+"""Attributes of items as rows of one embedding table: declared in one schema, bounded in size.
+
+Legend: N items, M features of all items together, F rows of the table of features.
+"""
+
+import re
+import tomllib
+import zlib
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from retrieval.config import Config
+from retrieval.data.vocabulary import Vocabulary
+from retrieval.errors import ConfigError
+
+__all__ = ["ItemAttribute", "ItemFeatureSchema", "ItemFeatures", "item_features"]
+
+_WORD = re.compile(r"\w+")
+
+
+class ItemAttribute(Config):
+    """How one column of the item metadata is read; a missing value gives no feature.
+
+    Attributes:
+        kind: "category": one value. "set": several, a list or a text divided by `separator`. "number": in `buckets`
+            of about as many items each. "text": words and pairs of neighbouring words, without case.
+        separator: between the values of a set that is written as text.
+        buckets: rows of the table; values and words are hashed to them.
+    """
+
+    kind: Literal["category", "set", "number", "text"]
+    separator: str = Field(default="|", min_length=1)
+    buckets: int = Field(default=1024, ge=1, le=2**24)
+
+
+class ItemFeatureSchema(Config):
+    """What an item's embedding is made of beside its id.
+
+    Attributes:
+        attributes: columns of the item metadata and how each is read.
+        id_dropout: chance that a training step reads an item by its attributes alone.
+        min_count: training events from which on an item has an embedding of its own; below, attributes alone make it.
+    """
+
+    attributes: dict[str, ItemAttribute] = Field(min_length=1)
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    min_count: int = Field(default=1, ge=1)
+
+    @classmethod
+    def load(cls, path: Path) -> "ItemFeatureSchema":
+        """Read a TOML file.
+
+        Raises:
+            ConfigError: it cannot be read, or says what is unknown or impossible.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
+        return cls.parse(values, str(path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemFeatures:
+    """Features of every item, end to end.
+
+    Attributes:
+        offsets: int64 `[N + 1]`; item i has features `offsets[i]:offsets[i + 1]`.
+        features: rows of the table of features, int64 `[M]`.
+        size: F.
+    """
+
+    offsets: NDArray[np.int64]
+    features: NDArray[np.int64]
+    size: int
+
+
+def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema) -> ItemFeatures:
+    """Features of a catalogue. Depend on the catalogue and the schema alone, and not on the order of attributes.
+
+    Raises:
+        ConfigError: the schema names a column that the catalogue does not have, or a number that is none.
+    """
+    found: list[list[int]] = [[] for _ in range(len(vocabulary))]
+    first = 0
+    for name, attribute in sorted(schema.attributes.items()):
+        if name not in vocabulary.attributes:
+            known = ", ".join(vocabulary.attributes) or "none"
+            raise ConfigError(f"item features: the catalogue has no attribute {name!r}; it has {known}")
+        for item, places in enumerate(_places(name, vocabulary.attributes[name], attribute)):
+            found[item] += [first + place for place in places]
+        first += attribute.buckets
+    lengths = np.array([len(one) for one in found], np.int64)
+    return ItemFeatures(
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        features=np.array([place for one in found for place in one], np.int64),
+        size=first,
+    )
+
+
+def _places(name: str, column: pa.Array, attribute: ItemAttribute) -> list[list[int]]:
+    """Buckets of each item, ascending without repeats."""
+    values = column.to_pylist()
+    if attribute.kind == "number":
+        return _number_places(name, column, attribute.buckets)
+    names = ([] if value is None else _names(value, attribute) for value in values)
+    return [sorted({zlib.crc32(one.encode()) % attribute.buckets for one in several}) for several in names]
+
+
+def _names(value: object, attribute: ItemAttribute) -> list[str]:
+    if attribute.kind == "text":
+        words = _WORD.findall(str(value).casefold())
+        return words + [f"{first} {second}" for first, second in pairwise(words)]
+    if attribute.kind == "category":
+        return [str(value)]
+    several = value if isinstance(value, list) else str(value).split(attribute.separator)
+    return [str(one).strip() for one in several if one is not None]
+
+
+def _number_places(name: str, column: pa.Array, buckets: int) -> list[list[int]]:
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise ConfigError(f"item features: attribute {name!r} is {column.type}, not a number")
+    numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    real = ~np.isnan(numbers)
+    if not real.any():
+        return [[] for _ in numbers]
+    edges = np.quantile(numbers[real], np.arange(1, buckets) / buckets)
+    places = np.searchsorted(edges, numbers, side="right")
+    return [[int(place)] if one else [] for place, one in zip(places, real, strict=True)]

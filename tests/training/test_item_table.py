@@ -1,0 +1,69 @@
+"""Items made of their attributes: whole and by rows, in what is kept, and where no event has shown them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from retrieval.data.dataset import Dataset
+from retrieval.data.item_features import ItemFeatureSchema, item_features
+from retrieval.data.splits import SplitInfo, split_dataset
+from retrieval.data.vocabulary import Vocabulary
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.inference import item_vectors
+from retrieval.training.config import TrainConfig
+from retrieval.training.item_table import ItemTable
+from retrieval.training.trainer import train
+from tests.support import write_dataset
+
+GROUPS, WARM, COLD = 5, 40, 10
+SCHEMA = ItemFeatureSchema.model_validate(
+    {"attributes": {"group": {"kind": "category", "buckets": 97}}, "id_dropout": 0.3}
+)
+
+
+def grouped(folder: Path) -> Dataset:
+    """Users who see random items of group after group; the last items of the catalogue have no event."""
+    rng = np.random.default_rng(0)
+    histories = []
+    for user in range(200):
+        groups = (user + np.arange(8)) % GROUPS
+        items = groups + GROUPS * rng.integers(0, WARM // GROUPS, 8)
+        histories.append([(int(item), 1, 1_000_000 + 60 * place) for place, item in enumerate(items)])
+    write_dataset(folder, histories, range(WARM + COLD))
+    names = [f"g{item % GROUPS}" for item in range(WARM + COLD)]
+    Vocabulary(pa.array(range(WARM + COLD)), {"group": pa.array(names)}).save(folder / "vocabulary.arrow")
+    return Dataset(folder)
+
+
+def test_rows_named_have_the_embeddings_of_the_whole(tmp_path: Path) -> None:
+    dataset = grouped(tmp_path / "d")
+    counts = dataset.item_counts
+    table = ItemTable(item_features(dataset.vocabulary, SCHEMA), SCHEMA, counts, width=4)
+    ids = torch.randn(WARM + COLD, 4)
+    rows = torch.tensor([3, 44, 7])
+    whole = table(ids)
+    torch.testing.assert_close(table(ids[rows], rows), whole[rows])
+    # By hand: one feature each; an item without events is that feature alone.
+    torch.testing.assert_close(whole[8] - ids[8], whole[48])
+    dropped = table(ids, generator=torch.Generator().manual_seed(0))
+    alone = (dropped == whole[torch.arange(WARM + COLD) % GROUPS + WARM]).all(1)[:WARM]
+    assert 0 < alone.sum() < WARM
+
+
+@pytest.mark.parametrize("options", [{"sparse_items": True}, {"sparse_items": False}, {"ema_decay": 0.9}], ids=str)
+def test_an_item_without_events_lies_with_the_items_that_are_like_it(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    dataset = grouped(tmp_path / "d")
+    split = split_dataset(dataset, SplitInfo(protocol="all"))
+    encoder = HSTUConfig(num_items=WARM + COLD, max_length=8, width=16, qk_dim=16, v_dim=16, num_layers=1)
+    settings = {"epochs": 12, "batch_size": 32, "learning_rate": 0.01, "num_negatives": 20, "item_features": SCHEMA}
+    config = TrainConfig.model_validate(settings | options)
+    kept = train(dataset, split, encoder, config, tmp_path / "run")
+    vectors = item_vectors(kept)
+    scores = vectors[WARM:] @ vectors[:WARM].T
+    nearest = np.argsort(-scores, axis=1)[:, : WARM // GROUPS]
+    assert (nearest % GROUPS == (np.arange(WARM, WARM + COLD) % GROUPS)[:, None]).mean() > 0.8
