@@ -2,15 +2,34 @@
 
 from retrieval.errors import InputError, RetrievalError
 
-__all__ = ["DeadlineError", "NoHistoriesError", "OverloadedError", "ServerFaultError", "UnavailableError"]
+__all__ = [
+    "DeadlineError",
+    "NoHistoriesError",
+    "OverloadedError",
+    "ServerFaultError",
+    "UnauthenticatedError",
+    "UnavailableError",
+]
 
 
 class NoHistoriesError(InputError):
     """A request names a stored user, but the server holds no histories."""
 
 
+class UnauthenticatedError(RetrievalError):
+    """The server asks for a token, and the call has no valid one."""
+
+
 class OverloadedError(RetrievalError):
-    """The server has more calls in hand than it takes; trying again a little later may help."""
+    """The server has more work than it takes; trying again a little later may help.
+
+    Attributes:
+        retry_seconds: after how long, as far as the server knows; None if it does not.
+    """
+
+    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class DeadlineError(RetrievalError):
