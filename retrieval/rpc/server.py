@@ -39,6 +39,7 @@ from retrieval.rpc.security import TlsFiles, Tokens, client_of, is_loopback, ser
 from retrieval.rpc.service import Answer, Prepared, RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
 from retrieval.rpc.status import reason_of, status_of
+from retrieval.rpc.tracing import exported_traces
 from retrieval.snapshot.registry import Registry
 
 __all__ = ["SERVICE", "Server", "ServerConfig", "run_server", "running_server"]
@@ -346,13 +347,14 @@ async def _serve(
     config: ServerConfig, histories: HistoryStore | None, stop: asyncio.Event, on_ready: Callable[[str], object]
 ) -> None:
     """Run until `stop` is set."""
-    server = Server(config, histories)
-    try:
-        await server.start()
-        on_ready(server.address)
-        await stop.wait()
-    finally:
-        await server.stop()
+    with exported_traces() as interceptors:
+        server = Server(config, histories, interceptors)
+        try:
+            await server.start()
+            on_ready(server.address)
+            await stop.wait()
+        finally:
+            await server.stop()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
