@@ -36,6 +36,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--drain-seconds", type=float, default=0, metavar="S", help="still take calls so long on SIGTERM (default: 0)"
     )
+    parser.add_argument(
+        "--recall-share", type=float, default=0, metavar="P", help="share of answers compared with exact (default: 0)"
+    )
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="format of log lines")
     parser.add_argument(
         "--log-level", choices=["debug", "info", "warning"], default="info", help="debug logs each call"
@@ -61,6 +64,7 @@ def run(parsed: argparse.Namespace) -> None:
         "insecure": parsed.insecure,
         "reflection": parsed.reflection,
         "client_capacity": parsed.client_capacity,
+        "recall_share": parsed.recall_share,
         "drain_seconds": parsed.drain_seconds,
         "metrics_port": parsed.metrics_port,
         "device": pick_device(parsed.device),

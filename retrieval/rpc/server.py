@@ -32,7 +32,8 @@ from retrieval.rpc.convert import embed_request_from, embedded_to, retrieve_requ
 from retrieval.rpc.health import Health
 from retrieval.rpc.logs import REQUEST_ID, request_id, request_id_of
 from retrieval.rpc.metrics import Metrics
-from retrieval.rpc.prepare import Limits
+from retrieval.rpc.prepare import Limits, PreparedRetrieve
+from retrieval.rpc.recall import RecallSampler
 from retrieval.rpc.reload import Reloader
 from retrieval.rpc.requests import Embedded, EmbedRequest, Retrieved, RetrieveRequest, StoredUser
 from retrieval.rpc.security import TlsFiles, Tokens, client_of, is_loopback, server_credentials
@@ -77,6 +78,7 @@ class ServerConfig(Config):
         drain_seconds: time after a stop is asked for in which calls are still taken, for load balancers to notice.
         grace_seconds: time that calls in hand get to finish after that.
         max_message_bytes: size of a request message.
+        recall_share: share of Retrieve calls whose answer is compared with exact search, beside the serving.
         limits: what one call may ask for.
     """
 
@@ -97,6 +99,7 @@ class ServerConfig(Config):
     drain_seconds: float = Field(default=0.0, ge=0)
     grace_seconds: float = Field(default=10.0, ge=0)
     max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
+    recall_share: float = Field(default=0.0, ge=0, le=1)
     limits: Limits = Field(default_factory=Limits)
 
     @model_validator(mode="after")
@@ -142,6 +145,7 @@ class Server:
         )
         self._metrics.waiting.set_function(lambda: self._batcher.waiting)
         self._metrics.in_hand.set_function(lambda: self._batcher.in_hand)
+        self._recall = RecallSampler(config.recall_share, self._metrics.recall, partial(_limit_threads, 1))
         self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
         self._reloader = Reloader(
@@ -232,6 +236,7 @@ class Server:
         self._reloader.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._batcher.close()
+        self._recall.close()
         if self._scrapes is not None:
             server, thread = self._scrapes
             server.shutdown()
@@ -320,7 +325,10 @@ class Server:
             else:
                 prepared = self._service.prepare(serving, request)
             self._metrics.took("decode", time.perf_counter() - start)
-            return await self._batcher.submit(prepared, deadline, client), serving
+            answer = await self._batcher.submit(prepared, deadline, client)
+        if isinstance(prepared, PreparedRetrieve) and isinstance(answer, Retrieved):
+            self._recall.offer(prepared, answer)
+        return answer, serving
 
 
 def _limit_threads(threads: int | None) -> None:
