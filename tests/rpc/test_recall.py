@@ -6,10 +6,11 @@ import dataclasses
 import numpy as np
 
 from retrieval.rpc.client import Embedding, RetrievalClient
+from retrieval.rpc.prepare import PreparedRetrieve
 from retrieval.rpc.recall import recall_of
 from retrieval.rpc.requests import History, RetrieveRequest, Source
 from retrieval.rpc.server import Server, ServerConfig
-from retrieval.rpc.service import PreparedRetrieve, RetrievalService
+from retrieval.rpc.service import RetrievalService
 from tests.rpc.test_metrics import of, scrape
 from tests.rpc.test_server import wait_for
 from tests.rpc.world import ITEMS, WIDTH, World
