@@ -1,7 +1,6 @@
 """`retrieval serve`: answer `Retrieve` calls from a registry's live snapshot."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from retrieval.cli.console import OUT
@@ -27,6 +26,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: 50051)")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="port of Prometheus metrics (default: none)")
     parser.add_argument("--poll-seconds", type=float, default=5, help="time between two looks at REGISTRY (default: 5)")
+    parser.add_argument("--tls-cert", type=Path, metavar="PEM", help="server certificate; read again when it changes")
+    parser.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
+    parser.add_argument("--tls-client-ca", type=Path, metavar="PEM", help="take only clients with its certificates")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="bearer tokens that are taken, name:token per line")
+    parser.add_argument("--insecure", action="store_true", help="let other machines connect without encryption")
+    parser.add_argument("--no-reflection", dest="reflection", action="store_false", help="offer no reflection service")
+    parser.add_argument("--client-capacity", type=int, metavar="N", help="calls in hand of one client (default: all)")
+    parser.add_argument(
+        "--drain-seconds", type=float, default=0, metavar="S", help="still take calls so long on SIGTERM (default: 0)"
+    )
+    parser.add_argument(
+        "--recall-share", type=float, default=0, metavar="P", help="share of answers compared with exact (default: 0)"
+    )
+    parser.add_argument("--log-format", choices=["text", "json"], default="text", help="format of log lines")
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning"], default="info", help="debug logs each call"
+    )
     add_device_option(parser)
     parser.set_defaults(run=run)
 
@@ -34,13 +50,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(parsed: argparse.Namespace) -> None:
     """Serve until told to stop."""
     from retrieval.histories.dataset import DatasetHistories
+    from retrieval.rpc.logs import set_up_logs
     from retrieval.rpc.server import ServerConfig, run_server
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    set_up_logs(parsed.log_format, parsed.log_level.upper())
+    tls = {"cert": parsed.tls_cert, "key": parsed.tls_key, "client_ca": parsed.tls_client_ca}
     values = {
         "registry": parsed.registry,
         "host": parsed.host,
         "port": parsed.port,
+        "tls": {key: path for key, path in tls.items() if path is not None} or None,
+        "tokens": parsed.tokens,
+        "insecure": parsed.insecure,
+        "reflection": parsed.reflection,
+        "client_capacity": parsed.client_capacity,
+        "recall_share": parsed.recall_share,
+        "drain_seconds": parsed.drain_seconds,
         "metrics_port": parsed.metrics_port,
         "device": pick_device(parsed.device),
         "poll_seconds": parsed.poll_seconds,

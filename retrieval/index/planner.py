@@ -102,6 +102,10 @@ class Planner:
         step = max(1, min(self._backend.count // 4096, 256))
         return np.asarray(self._backend.vectors[::step], np.float32)
 
+    def scan(self, need: int, survivors: int) -> Step:
+        """How to begin where an exact answer is asked for; arguments as for `first`."""
+        return _scanned(need, survivors)
+
     def first(self, need: int, survivors: int) -> Step:
         """How to begin.
 

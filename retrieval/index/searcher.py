@@ -125,6 +125,8 @@ class Searcher:
         ks: Sequence[int],
         excluded: Sequence[NDArray[np.int64]] | None = None,
         filters: Sequence[Filter | None] | None = None,
+        *,
+        exact: bool = False,
     ) -> Answers:
         """Find the best eligible items of each query.
 
@@ -135,6 +137,7 @@ class Searcher:
             ks: answers wanted by each query, at least 1.
             excluded: rows that each query must not get, without repeats; None excludes nothing.
             filters: what each query's answers must meet, None for anything; None for no filters.
+            exact: whether to score every eligible item instead of asking the index.
 
         Returns:
             Answers `[B, max(ks)]`, −1 past the last answer of a query.
@@ -156,11 +159,16 @@ class Searcher:
             groups.setdefault(str(filter_), []).append(b)
         for members in groups.values():
             filter_ = filters[members[0]] if filters is not None else None
-            self._search_group(batch, np.array(members), filter_, answers)
+            self._search_group(batch, np.array(members), filter_, answers, exact)
         return answers
 
     def _search_group(
-        self, batch: "_Batch", members: NDArray[np.int64], filter_: Filter | None, answers: Answers
+        self,
+        batch: "_Batch",
+        members: NDArray[np.int64],
+        filter_: Filter | None,
+        answers: Answers,
+        exact: bool,
     ) -> None:
         """Answer the queries of one filter."""
         indexed, added = (part.eligible(filter_) for part in (self._indexed, self._added))
@@ -179,7 +187,8 @@ class Searcher:
         needs = depth_class(batch.ks + np.maximum(lost_indexed, lost_added) + _SPARE)
         for need in np.unique(needs[members]).tolist():
             pending = members[needs[members] == need]
-            step, spare, retry = self._planner.first(need, indexed.count), _SPARE, False
+            first = self._planner.scan(need, indexed.count) if exact else self._planner.first(need, indexed.count)
+            step, spare, retry = first, _SPARE, False
             while len(pending):
                 fetch_added = added.count if retry else min(need, added.count)
                 settled = [

@@ -1,10 +1,12 @@
 """Calls gathered into batches: whatever waits when the worker is free is worked on together.
 
-No delay is added: an idle worker starts at once, and batches grow only while it is busy.
+No delay is added: an idle worker starts at once, and batches grow only while it is busy. Clients take turns: a batch
+takes one call of each in the order in which they came, then a second one, and so on.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ _Job = TypeVar("_Job")
 _Answer = TypeVar("_Answer")
 
 _log = logging.getLogger(__name__)
+
+# Weight of the latest batch in the running mean of how long a batch takes.
+_LATEST = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class Batcher(Generic[_Job, _Answer]):
         run: turns a batch of jobs into as many answers; called on the worker thread.
         max_batch: jobs per run.
         capacity: calls in hand at once, waiting and running together.
+        client_capacity: of these, calls of one client; None sets no such limit.
         prepare_thread: called on the worker thread before its first run.
         on_batch: called on the event loop when a batch begins, with the seconds that each of its jobs waited.
     """
@@ -47,56 +53,89 @@ class Batcher(Generic[_Job, _Answer]):
         *,
         max_batch: int,
         capacity: int,
+        client_capacity: int | None = None,
         prepare_thread: Callable[[], None] | None = None,
         on_batch: Callable[[Sequence[float]], None] | None = None,
     ) -> None:
         self._on_batch = on_batch
         self._run, self._max_batch, self._capacity = run, max_batch, capacity
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="encode-and-search", initializer=prepare_thread)
-        # A dict is a queue from which a cancelled call can leave at once, wherever it stands.
-        self._waiting: dict[asyncio.Future[_Answer], _Waiting[_Job]] = {}
-        self._in_hand = 0
+        # By client, the one whose turn is next first. A dict is a queue from which a cancelled call can leave at once,
+        # wherever it stands. No queue is empty.
+        self._queues: dict[str, dict[asyncio.Future[_Answer], _Waiting[_Job]]] = {}
+        self._client_capacity = client_capacity if client_capacity is not None else capacity
+        self._in_hand: Counter[str] = Counter()
         self._busy = False
+        self._began = 0.0
+        self._batch_seconds: float | None = None
 
     @property
     def waiting(self) -> int:
         """Jobs that wait for a batch."""
-        return len(self._waiting)
+        return sum(map(len, self._queues.values()))
 
     @property
     def in_hand(self) -> int:
         """Calls that hold a slot."""
-        return self._in_hand
+        return self._in_hand.total()
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Count a call as in hand while the block runs.
+    def slot(self, client: str = "") -> Iterator[None]:
+        """Count a call of a client as in hand while the block runs.
 
         Raises:
-            OverloadedError: as many calls as the capacity are in hand already.
+            OverloadedError: as many calls as the capacity are in hand already, in all or of this client.
         """
-        if self._in_hand >= self._capacity:
-            raise OverloadedError(f"{self._in_hand} calls are in hand, as many as this server takes; try again later")
-        self._in_hand += 1
+        total = self.in_hand
+        if total >= self._capacity:
+            raise OverloadedError(
+                f"{total} calls are in hand, as many as this server takes; try again later", self._batch_seconds
+            )
+        if self._in_hand[client] >= self._client_capacity:
+            raise OverloadedError(
+                f"{self._in_hand[client]} calls of {client} are in hand, as many as this server takes of one client",
+                self._batch_seconds,
+            )
+        self._in_hand[client] += 1
         try:
             yield
         finally:
-            self._in_hand -= 1
+            self._in_hand[client] -= 1
+            if not self._in_hand[client]:
+                del self._in_hand[client]
 
-    async def submit(self, job: _Job, deadline: float | None = None) -> _Answer:
+    def _seconds_until_start(self, client: str, now: float) -> float:
+        """How long a job of a client that arrives now will wait, as far as recent batches tell; rather too short."""
+        if not self._busy or self._batch_seconds is None:
+            return 0.0
+        own = len(self._queues.get(client, ()))
+        # Of each other client at most one more than this client has waiting comes first.
+        ahead = own + sum(min(len(queue), own + 1) for name, queue in self._queues.items() if name != client)
+        running = max(0.0, self._began + self._batch_seconds - now)
+        return running + ahead // self._max_batch * self._batch_seconds
+
+    async def submit(self, job: _Job, deadline: float | None = None, client: str = "") -> _Answer:
         """Wait for a job's answer.
 
         Args:
             job: what to run.
             deadline: moment, by the event loop's clock, after which the answer is worth nothing.
+            client: whose it is; clients take turns.
 
         Raises:
             DeadlineError: the deadline passed before the job's batch started.
+            OverloadedError: too many jobs wait for this one to start before its deadline.
             Exception: whatever `run` raised on this job.
         """
         loop = asyncio.get_running_loop()
+        now = loop.time()
+        wait = self._seconds_until_start(client, now)
+        if deadline is not None and now < deadline < now + wait:
+            raise OverloadedError(
+                f"the work would begin in {1000 * wait:.0f} ms, after the deadline; try again later", wait
+            )
         future: asyncio.Future[_Answer] = loop.create_future()
-        self._waiting[future] = _Waiting(job, deadline, loop.time())
+        self._queues.setdefault(client, {})[future] = _Waiting(job, deadline, now)
         if not self._busy:
             self._busy = True
             # Calls that the loop has read in this same turn join the batch.
@@ -104,13 +143,29 @@ class Batcher(Generic[_Job, _Answer]):
         try:
             return await future
         finally:
-            self._waiting.pop(future, None)
+            self._leave(client, future)
+
+    def _leave(self, client: str, future: "asyncio.Future[_Answer]") -> None:
+        queue = self._queues.get(client)
+        if queue is not None and queue.pop(future, None) is not None and not queue:
+            del self._queues[client]
+
+    def _next(self) -> "tuple[asyncio.Future[_Answer], _Waiting[_Job]]":
+        """Take the oldest job of the client whose turn it is, who goes to the end of the line."""
+        client = next(iter(self._queues))
+        queue = self._queues.pop(client)
+        future = next(iter(queue))
+        waiting = queue.pop(future)
+        if queue:
+            self._queues[client] = queue
+        return future, waiting
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         futures, jobs = self._take(loop.time())
         if not jobs:
             self._busy = False
             return
+        self._began = loop.time()
         running = loop.run_in_executor(self._worker, self._run_each_safely, jobs)
         running.add_done_callback(lambda done: self._finish(loop, futures, done))
 
@@ -118,9 +173,8 @@ class Batcher(Generic[_Job, _Answer]):
         futures: list[asyncio.Future[_Answer]] = []
         jobs: list[_Job] = []
         waits: list[float] = []
-        while self._waiting and len(jobs) < self._max_batch:
-            future = next(iter(self._waiting))
-            waiting = self._waiting.pop(future)
+        while self._queues and len(jobs) < self._max_batch:
+            future, waiting = self._next()
             if future.done():
                 continue
             if waiting.deadline is not None and now >= waiting.deadline:
@@ -151,6 +205,9 @@ class Batcher(Generic[_Job, _Answer]):
         futures: list[asyncio.Future[_Answer]],
         running: "asyncio.Future[Sequence[_Answer | Exception]]",
     ) -> None:
+        seconds = loop.time() - self._began
+        before = self._batch_seconds if self._batch_seconds is not None else seconds
+        self._batch_seconds = before + _LATEST * (seconds - before)
         for future, answer in zip(futures, running.result(), strict=True):
             if future.done():
                 continue

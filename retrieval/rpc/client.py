@@ -81,17 +81,31 @@ class RetrievalClient:
     - `VersionNotLoadedError`: the live snapshot is not the required one
     - `NoSnapshotError`: the server has no snapshot yet; `UnavailableError`: no server answers
     - `OverloadedError`: the server has more calls in hand than it takes
+    - `UnauthenticatedError`: the server asks for a token, and this one's is missing or unknown
     - `DeadlineError`: no answer came in time
     - `ServerFaultError`: anything else
 
     Args:
         address: HOST:PORT of the server.
         timeout: seconds that a call may take unless it says otherwise.
+        credentials: `grpc.ssl_channel_credentials(root, key, certificate)` for a server with TLS; None is in the clear.
+        token: bearer token, for a server that asks for one.
     """
 
-    def __init__(self, address: str, timeout: float = 1.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeout: float = 1.0,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+    ) -> None:
         self._address, self._timeout = address, timeout
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
+        if credentials is not None:
+            self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
         self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
         self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
@@ -120,7 +134,7 @@ class RetrievalClient:
     def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
         seconds = timeout if timeout is not None else self._timeout
         try:
-            return method(message, timeout=seconds)
+            return method(message, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self._address, seconds) from None
 

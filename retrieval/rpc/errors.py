@@ -7,6 +7,7 @@ __all__ = [
     "NoHistoriesError",
     "OverloadedError",
     "ServerFaultError",
+    "UnauthenticatedError",
     "UnavailableError",
     "VersionNotLoadedError",
 ]
@@ -20,8 +21,20 @@ class VersionNotLoadedError(InputError):
     """A request requires a snapshot that is not the live one."""
 
 
+class UnauthenticatedError(RetrievalError):
+    """The server asks for a token, and the call has no valid one."""
+
+
 class OverloadedError(RetrievalError):
-    """The server has more calls in hand than it takes; trying again a little later may help."""
+    """The server has more work than it takes; trying again a little later may help.
+
+    Attributes:
+        retry_seconds: after how long, as far as the server knows; None if it does not.
+    """
+
+    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class DeadlineError(RetrievalError):

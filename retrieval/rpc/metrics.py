@@ -16,6 +16,7 @@ Stage = Literal["decode", "queue", "encode", "search", "answer"]
 _STAGES: tuple[Stage, ...] = ("decode", "queue", "encode", "search", "answer")
 # Seconds: from a validated embedding query to a call that has missed every page's budget.
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_RECALLS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -50,6 +51,10 @@ class Metrics:
             "retrieval_rejections", "Calls refused, by ErrorInfo.reason.", ["reason"], registry=self.registry
         )
         self._shortfalls = Counter("retrieval_shortfalls", "Answers with fewer than k items.", registry=self.registry)
+        self._recall = Histogram(
+            "retrieval_online_recall", "Share of exact search's answer that a sampled answer holds.", buckets=_RECALLS,
+            registry=self.registry,
+        )  # fmt: skip
         self.waiting = Gauge("retrieval_waiting_calls", "Calls that wait for the worker.", registry=self.registry)
         self.in_hand = Gauge("retrieval_calls_in_hand", "Calls admitted and not yet answered.", registry=self.registry)
         self._snapshot = Gauge("retrieval_snapshot", "1 for the live snapshot.", ["version"], registry=self.registry)
@@ -82,6 +87,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A call was refused; `reason` as in its ErrorInfo."""
         self._rejections.labels(reason).inc()
+
+    def recall(self, share: float) -> None:
+        """A sampled answer holds this share of what exact search finds."""
+        self._recall.observe(share)
 
     def fell_short(self) -> None:
         """An answer has fewer than k items."""

@@ -6,22 +6,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 from wsgiref.simple_server import WSGIServer
 
 import faiss
 import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retrieval.config import Config
 from retrieval.errors import InputError, InvalidRequestError
@@ -29,13 +29,18 @@ from retrieval.histories.store import HistoryStore
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.batcher import Batcher
 from retrieval.rpc.convert import embed_request_from, embedded_to, retrieve_request_from, retrieved_to, state_to
+from retrieval.rpc.health import Health
+from retrieval.rpc.logs import REQUEST_ID, request_id, request_id_of
 from retrieval.rpc.metrics import Metrics
-from retrieval.rpc.prepare import Limits
+from retrieval.rpc.prepare import Limits, PreparedRetrieve
+from retrieval.rpc.recall import RecallSampler
 from retrieval.rpc.reload import Reloader
 from retrieval.rpc.requests import Embedded, EmbedRequest, Retrieved, RetrieveRequest, StoredUser
+from retrieval.rpc.security import TlsFiles, Tokens, client_of, is_loopback, server_credentials
 from retrieval.rpc.service import Answer, Prepared, RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
 from retrieval.rpc.status import reason_of, status_of
+from retrieval.rpc.tracing import exported_traces
 from retrieval.snapshot.registry import Registry
 
 __all__ = ["SERVICE", "Server", "ServerConfig", "run_server", "running_server"]
@@ -54,8 +59,13 @@ class ServerConfig(Config):
 
     Attributes:
         registry: folder of snapshots to follow; it may be empty or missing at the start.
-        host: address to listen on; the default is reachable from this machine only, since there is no encryption.
+        host: address to listen on; the default is reachable from this machine only. Another needs `tls`, or `insecure`.
         port: port to listen on; 0 takes a free one.
+        tls: certificate files; None sends everything in the clear.
+        tokens: file of bearer tokens (see `security.Tokens`); None takes anybody's calls. Health and reflection ask
+            for none: probes have none, and what reflection tells is public.
+        insecure: whether other machines may connect without encryption.
+        reflection: whether the reflection service is offered.
         metrics_port: port of the Prometheus metrics, on the same host; 0 takes a free one, None serves none.
         device: where the encoder runs: "cpu", "cuda", "cuda:1".
         threads: CPU threads of encoding and searching; None leaves one core to the event loop. Without that, threads
@@ -63,23 +73,43 @@ class ServerConfig(Config):
         poll_seconds: mean time between two looks at the registry.
         max_batch: calls that are encoded and searched together.
         capacity: calls in hand at once; further ones are refused.
-        grace_seconds: time that calls in hand get to finish after a stop is asked for.
+        client_capacity: of these, calls of one client; None sets no such limit. A client is the name of a token, else
+            of a certificate, else an address.
+        drain_seconds: time after a stop is asked for in which calls are still taken, for load balancers to notice.
+        grace_seconds: time that calls in hand get to finish after that.
         max_message_bytes: size of a request message.
+        recall_share: share of Retrieve calls whose answer is compared with exact search, beside the serving.
         limits: what one call may ask for.
     """
 
     registry: Path
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    tls: TlsFiles | None = None
+    tokens: Path | None = None
+    insecure: bool = False
+    reflection: bool = True
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
     poll_seconds: float = Field(default=5.0, gt=0)
     max_batch: int = Field(default=64, ge=1)
     capacity: int = Field(default=256, ge=1)
+    client_capacity: int | None = Field(default=None, ge=1)
+    drain_seconds: float = Field(default=0.0, ge=0)
     grace_seconds: float = Field(default=10.0, ge=0)
     max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
+    recall_share: float = Field(default=0.0, ge=0, le=1)
     limits: Limits = Field(default_factory=Limits)
+
+    @model_validator(mode="after")
+    def _encrypted_or_local(self) -> Self:
+        if self.tls is None and not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"{self.host} is reachable from other machines, but nothing would be encrypted; give a certificate and "
+                "key (--tls-cert, --tls-key), or say --insecure"
+            )
+        return self
 
 
 class Server:
@@ -88,9 +118,20 @@ class Server:
     Args:
         config: how to run.
         histories: stored histories; None refuses requests that name a stored user.
+        interceptors: gRPC interceptors around every call, for instance of tracing.
+
+    Raises:
+        InputError: a file of certificates or tokens is not usable.
     """
 
-    def __init__(self, config: ServerConfig, histories: HistoryStore | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        histories: HistoryStore | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        self._credentials = server_credentials(config.tls) if config.tls is not None else None
+        self._tokens = Tokens(config.tokens) if config.tokens is not None else None
         self._config = config
         self._metrics = Metrics()
         self._service = RetrievalService(histories, config.limits, metrics=self._metrics)
@@ -98,11 +139,13 @@ class Server:
             self._service.answer,
             max_batch=config.max_batch,
             capacity=config.capacity,
+            client_capacity=config.client_capacity,
             prepare_thread=partial(_limit_threads, config.threads),
             on_batch=self._metrics.batch,
         )
         self._metrics.waiting.set_function(lambda: self._batcher.waiting)
         self._metrics.in_hand.set_function(lambda: self._batcher.in_hand)
+        self._recall = RecallSampler(config.recall_share, self._metrics.recall, partial(_limit_threads, 1))
         self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
         self._reloader = Reloader(
@@ -113,18 +156,21 @@ class Server:
             # Loading may take its time; the calls beside it may not.
             prepare_thread=partial(_limit_threads, 1),
         )
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICE)
         self._following: asyncio.Task[None] | None = None
+        self._stopping = False
         self._port = 0
         options = [
             ("grpc.max_receive_message_length", config.max_message_bytes),
             # Otherwise a second server on a taken port would silently share its calls.
             ("grpc.so_reuseport", 0),
         ]
-        self._grpc = grpc.aio.server(options=options)
+        self._grpc = grpc.aio.server(options=options, interceptors=interceptors)
         self._grpc.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        if config.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
 
     @property
     def address(self) -> str:
@@ -148,11 +194,12 @@ class Server:
         Raises:
             InputError: a port is taken or the host is not this machine's.
         """
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         self._port = self._config.port
         try:
-            self._port = self._grpc.add_insecure_port(self.address)
+            if self._credentials is not None:
+                self._port = self._grpc.add_secure_port(self.address, self._credentials)
+            else:
+                self._port = self._grpc.add_insecure_port(self.address)
         except RuntimeError:
             raise InputError(f"{self.address}: cannot listen there; is the port taken by another server?") from None
         self._serve_metrics()
@@ -173,18 +220,23 @@ class Server:
 
     async def _announce(self, serving: ServingSnapshot) -> None:
         self._metrics.snapshot(serving.version, serving.snapshot.manifest.created)
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if not self._stopping:
+            self._health.set_serving(True)
 
     async def stop(self) -> None:
-        """Turn the health service to NOT_SERVING, finish the calls in hand within the grace period, and close."""
+        """Turn the health service to NOT_SERVING, take calls for the drain time, finish those in hand, and close."""
+        self._stopping = True
+        self._health.set_serving(False)
         if self._following is not None:
             self._following.cancel()
-        await self._health.enter_graceful_shutdown()
+            _log.info("not serving any more; taking calls for another %g s", self._config.drain_seconds)
+            await asyncio.sleep(self._config.drain_seconds)
+        self._health.close()
         await self._grpc.stop(self._config.grace_seconds)
         self._reloader.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._batcher.close()
+        self._recall.close()
         if self._scrapes is not None:
             server, thread = self._scrapes
             server.shutdown()
@@ -199,39 +251,73 @@ class Server:
             "GetServingState": self._serving_state,
         }
         assert set(methods) == set(_DESCRIPTOR.methods_by_name)
-        handlers = {name: _unary(name, method, self._metrics) for name, method in methods.items()}
+        handlers = {name: self._unary(name, method) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    def _unary(
+        self, name: str, method: "Callable[[bytes, grpc.aio.ServicerContext, str], Awaitable[bytes]]"
+    ) -> grpc.RpcMethodHandler:
+        """A handler from bytes to bytes: knows its client, counts its calls, ends failures with a status of ours."""
+        certificates = self._config.tls is not None and self._config.tls.client_ca is not None
+
+        async def call(content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+            remaining = context.time_remaining()
+            sent: Any = context.invocation_metadata()
+            this = request_id_of(sent)
+            request_id.set(this)
+            try:
+                client = client_of(context, self._tokens, certificates=certificates)
+                answer = await method(content, context, client)
+                code = grpc.StatusCode.OK
+                context.set_trailing_metadata(((REQUEST_ID, this),))
+                return answer
+            except Exception as error:
+                status = status_of(error)
+                code = status.code
+                self._metrics.rejected(reason_of(error))
+            finally:
+                seconds = time.perf_counter() - start
+                if code is grpc.StatusCode.CANCELLED and remaining is not None and seconds >= remaining:
+                    # gRPC cancels the handler of a call whose deadline passes.
+                    code = grpc.StatusCode.DEADLINE_EXCEEDED
+                self._metrics.call(name, code.name, seconds)
+                _log.debug("%s ended with %s after %.2f ms", name, code.name, 1000 * seconds)
+            await context.abort(status.code, status.details, (*status.trailing_metadata, (REQUEST_ID, this)))
+            raise AssertionError("abort always raises")
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         start = time.perf_counter()
         request = retrieve_request_from(_parsed(pb.RetrieveRequest, content))
-        answer, serving = await self._answer(request, context, start)
+        answer, serving = await self._answer(request, context, start, client)
         assert isinstance(answer, Retrieved)
         if answer.shortfall:
             self._metrics.fell_short()
         with self._metrics.stage("answer"):
             return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
 
-    async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         start = time.perf_counter()
         request = embed_request_from(_parsed(pb.EmbedUsersRequest, content))
-        answer, _ = await self._answer(request, context, start)
+        answer, _ = await self._answer(request, context, start, client)
         assert isinstance(answer, Embedded)
         with self._metrics.stage("answer"):
             return embedded_to(answer).SerializeToString()
 
-    async def _serving_state(self, content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _serving_state(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         _parsed(pb.GetServingStateRequest, content)
         return state_to(self._service.state(self._reloader.live)).SerializeToString()
 
     async def _answer(
-        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float
+        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float, client: str
     ) -> tuple[Answer, ServingSnapshot]:
         """Answer a request that began to be decoded at `start`."""
         loop = asyncio.get_running_loop()
         remaining = context.time_remaining()
         deadline = loop.time() + remaining if remaining is not None else None
-        with self._batcher.slot():
+        with self._batcher.slot(client):
             serving = self._reloader.live
             if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
                 # Stored histories may block, and many users take long to check.
@@ -239,7 +325,10 @@ class Server:
             else:
                 prepared = self._service.prepare(serving, request)
             self._metrics.took("decode", time.perf_counter() - start)
-            return await self._batcher.submit(prepared, deadline), serving
+            answer = await self._batcher.submit(prepared, deadline, client)
+        if isinstance(prepared, PreparedRetrieve) and isinstance(answer, Retrieved):
+            self._recall.offer(prepared, answer)
+        return answer, serving
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -262,40 +351,18 @@ def _parsed(kind: type[_Message], content: bytes) -> _Message:
         raise InvalidRequestError("request", f"is not a {kind.DESCRIPTOR.full_name} message") from None
 
 
-def _unary(
-    name: str, method: Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]], metrics: Metrics
-) -> grpc.RpcMethodHandler:
-    """A handler from bytes to bytes that counts its calls and ends every failure with a status of `rpc.status`."""
-
-    async def call(content: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        try:
-            answer = await method(content, context)
-            code = grpc.StatusCode.OK
-            return answer
-        except Exception as error:
-            status = status_of(error)
-            code = status.code
-            metrics.rejected(reason_of(error))
-        finally:
-            metrics.call(name, code.name, time.perf_counter() - start)
-        await context.abort(status.code, status.details, status.trailing_metadata)
-        raise AssertionError("abort always raises")
-
-    return grpc.unary_unary_rpc_method_handler(call)
-
-
 async def _serve(
     config: ServerConfig, histories: HistoryStore | None, stop: asyncio.Event, on_ready: Callable[[str], object]
 ) -> None:
     """Run until `stop` is set."""
-    server = Server(config, histories)
-    try:
-        await server.start()
-        on_ready(server.address)
-        await stop.wait()
-    finally:
-        await server.stop()
+    with exported_traces() as interceptors:
+        server = Server(config, histories, interceptors)
+        try:
+            await server.start()
+            on_ready(server.address)
+            await stop.wait()
+        finally:
+            await server.stop()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

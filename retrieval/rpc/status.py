@@ -13,6 +13,7 @@ from retrieval.rpc.errors import (
     NoHistoriesError,
     OverloadedError,
     ServerFaultError,
+    UnauthenticatedError,
     UnavailableError,
     VersionNotLoadedError,
 )
@@ -20,6 +21,9 @@ from retrieval.rpc.errors import (
 __all__ = ["DOMAIN", "error_of", "reason_of", "status_of"]
 
 DOMAIN = "retrieval.v1"
+
+# gRPC's own retries wait so many milliseconds.
+_PUSHBACK = "grpc-retry-pushback-ms"
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ _TABLE: tuple[tuple[type[RetrievalError], int, str], ...] = (
     (NoHistoriesError, code_pb2.FAILED_PRECONDITION, "NO_HISTORIES"),
     (VersionNotLoadedError, code_pb2.FAILED_PRECONDITION, "VERSION_NOT_LOADED"),
     (NoSnapshotError, code_pb2.UNAVAILABLE, "NO_SNAPSHOT"),
+    (UnauthenticatedError, code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (OverloadedError, code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (DeadlineError, code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
 )
@@ -63,7 +68,11 @@ def status_of(error: Exception) -> grpc.Status:
         if isinstance(error, InvalidRequestError):
             violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
             details += _packed(error_details_pb2.BadRequest(field_violations=[violation]))
-        return rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=details))
+        status = rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=details))
+        if isinstance(error, OverloadedError) and error.retry_seconds is not None:
+            pushback = (_PUSHBACK, str(max(1, round(1000 * error.retry_seconds))))
+            status = status._replace(trailing_metadata=(*status.trailing_metadata, pushback))
+        return status
     _log.error("a call failed", exc_info=error)
     return rpc_status.to_status(
         status_pb2.Status(

@@ -59,7 +59,7 @@ def test_a_cancelled_job_never_runs_and_leaves_the_queue_at_once() -> None:
         await asyncio.sleep(0.01)
         tasks[2].cancel()
         await asyncio.sleep(0.01)
-        assert len(batcher._waiting) == 2
+        assert batcher.waiting == 2
         gate.open.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert [answer for answer in answers if not isinstance(answer, BaseException)] == [0, 2, 6]
@@ -130,3 +130,58 @@ def test_slots_beyond_the_capacity_are_refused_and_come_back() -> None:
         with batcher.slot():
             pass
     batcher.close()
+
+
+def test_clients_take_turns() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=3, capacity=100)
+        tasks = [asyncio.create_task(batcher.submit(0))]
+        await until(lambda: gate.batches)
+        tasks += [asyncio.create_task(batcher.submit(number, client="greedy")) for number in range(1, 6)]
+        tasks += [asyncio.create_task(batcher.submit(number, client="modest")) for number in (21, 22)]
+        await asyncio.sleep(0.01)
+        gate.open.set()
+        await asyncio.gather(*tasks)
+        assert gate.batches == [[0], [1, 21, 2], [22, 3, 4], [5]]
+        batcher.close()
+
+    run(scenario())
+
+
+def test_one_client_may_not_take_every_slot() -> None:
+    batcher = Batcher(Gate(), max_batch=1, capacity=3, client_capacity=1)
+    with batcher.slot("a"):
+        with pytest.raises(OverloadedError, match="1 calls of a are in hand"), batcher.slot("a"):
+            pass
+        with batcher.slot("b"):
+            assert batcher.in_hand == 2
+    with batcher.slot("a"):
+        assert batcher.in_hand == 1
+    batcher.close()
+
+
+def test_a_job_that_cannot_start_before_its_deadline_is_refused_at_once_and_told_when_to_return() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=2, capacity=100)
+        batcher._batch_seconds = 50.0
+        tasks = [asyncio.create_task(batcher.submit(0))]
+        await until(lambda: gate.batches)
+        now = asyncio.get_running_loop().time()
+        tasks += [asyncio.create_task(batcher.submit(number, client="greedy")) for number in range(1, 10)]
+        await asyncio.sleep(0)
+        # One batch runs and four and a half wait: 250 s for the greedy one. Others take their turn in the first.
+        with pytest.raises(OverloadedError, match="after the deadline") as refusal:
+            await batcher.submit(10, now + 200, "greedy")
+        assert refusal.value.retry_seconds == pytest.approx(250, abs=1)
+        tasks.append(asyncio.create_task(batcher.submit(11, now + 200, "modest")))
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(*tasks)
+        # An idle worker takes everything: only a batch that runs can tell that batches have become fast.
+        batcher._batch_seconds = 50.0
+        assert await batcher.submit(12, asyncio.get_running_loop().time() + 5) == 24
+        batcher.close()
+
+    run(scenario())

@@ -11,8 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from retrieval.errors import InputError, InvalidRequestError
 from retrieval.rpc.client import RetrievalClient
+from retrieval.rpc.errors import DeadlineError
 from retrieval.rpc.server import Server, ServerConfig
+from tests.rpc.test_server import Gate, gate, wait_for
 from tests.rpc.world import ITEMS, World
+
+__all__ = ["gate"]
 
 Figures = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -95,3 +99,16 @@ def test_a_taken_metrics_port_is_one_clear_sentence(integer_world: World) -> Non
         config = ServerConfig(registry=integer_world.registry.path, port=0, metrics_port=port)
         with pytest.raises(InputError, match=f"127.0.0.1:{port}: cannot serve metrics there"):
             serve(config, lambda *_: None)
+
+
+def test_a_deadline_that_passes_is_no_cancellation(integer_world: World, gate: Gate) -> None:
+    history = integer_world.history(9)
+
+    def ask(address: str, metrics: str) -> None:
+        with RetrievalClient(address) as client, pytest.raises(DeadlineError):
+            client.retrieve(history, k=3, timeout=0.2)
+        wait_for(lambda: of(scrape(metrics), "calls_total", method="Retrieve", code="DEADLINE_EXCEEDED") == 1)
+        assert of(scrape(metrics), "calls_total", method="Retrieve", code="CANCELLED") == 0
+        gate.open.set()
+
+    serve(ServerConfig(registry=integer_world.registry.path, port=0, metrics_port=0), ask)

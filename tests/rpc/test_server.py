@@ -93,6 +93,11 @@ def test_more_calls_than_the_capacity_are_refused_at_once(integer_world: World, 
     config = ServerConfig(registry=integer_world.registry.path, port=0, capacity=5)
     history = integer_world.history(9)
     with running_server(config) as address, RetrievalClient(address, timeout=20) as client:
+        # Batches have been timed, so that a refusal can tell when to come back.
+        gate.open.set()
+        client.retrieve(history, k=3)
+        gate.open.clear()
+        gate.users = gate.runs = 0
         with ThreadPoolExecutor(5) as pool:
             first = pool.submit(client.retrieve, history, k=3)
             wait_for(lambda: gate.users == 1)
@@ -102,6 +107,11 @@ def test_more_calls_than_the_capacity_are_refused_at_once(integer_world: World, 
             with pytest.raises(OverloadedError, match="5 calls are in hand, as many as this server takes"):
                 client.retrieve(history, k=3)
             assert time.monotonic() - start < 1
+            with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refusal:
+                channel.unary_unary("/retrieval.v1.RetrievalService/Retrieve")(
+                    pb.RetrieveRequest(embedding={"values": [1.0] * 16}, k=3).SerializeToString()
+                )
+            assert int(dict(refusal.value.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1
             assert client.is_serving()
             gate.open.set()
             assert [len(future.result().items) for future in (first, *waiting)] == [3] * 5
