@@ -33,8 +33,8 @@ class GateConfig(Config):
     min_queries: int = Field(default=200, ge=1)
     min_ann_recall: float = Field(default=0.95, ge=0, le=1)
     min_catalogue: float = Field(default=0.8, ge=0)
-    min_coverage: float = Field(default=0.5, ge=0)
-    min_overlap: float = Field(default=0.05, ge=0, le=1)
+    min_coverage: float = Field(default=0.2, ge=0)
+    min_overlap: float = Field(default=0.02, ge=0, le=1)
     max_search_ms: float = Field(default=100.0, gt=0)
 
 
