@@ -117,7 +117,7 @@ def _evaluate(
     chosen = np.random.default_rng(0).permutation(len(split.test))[: parsed.queries]
     chosen.sort()
     asked = Queries(users=split.test.users[chosen], targets=split.test.targets[chosen])
-    targets = dataset.events.items[asked.targets]
+    targets = dataset.events.items[asked.targets].astype(np.int64)
 
     rows = []
     for name, (found, seconds) in runs.items():
@@ -169,7 +169,7 @@ def _row(night: int, name: str, ranks: NDArray[np.int64]) -> dict[str, object]:
 
 
 def _of_night(
-    night: Night | None, seconds: float, dataset: Dataset, live: Snapshot, targets: NDArray[np.int32]
+    night: Night | None, seconds: float, dataset: Dataset, live: Snapshot, targets: NDArray[np.int64]
 ) -> dict[str, object]:
     unknown = float(np.mean(live_rows(dataset, live)[targets] < 0))
     vocabulary = night.report.get("vocabulary", {}) if night is not None else {}
