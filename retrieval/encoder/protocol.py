@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.config import EncoderConfig
+from retrieval.kernels.dropout import dropout
 
 __all__ = ["UserEncoder", "normalize"]
 
@@ -75,4 +76,4 @@ class UserEncoder(nn.Module):
         x = items_TD * math.sqrt(self.config.width)
         if self.position_embedding is not None:
             x = x + self.position_embedding(batch.positions())
-        return functional.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, training=self.training)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from retrieval.encoder.softmax_attention import softmax_attention
+from retrieval.kernels.dropout import dropout
 
 __all__ = ["TransformerBlock"]
 
@@ -48,4 +48,4 @@ class TransformerBlock(nn.Module):
         return out
 
     def _drop(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, training=self.training)

@@ -1,23 +1,19 @@
 """`gated_norm` on a CPU: the compiled kernel if there is one, else (and for float64) a few passes of torch.
 
-The mask of either is numpy's Philox.
-Torch draws its dropout mask with a serial Mersenne Twister. Numpy's Philox4x64-10 takes a quarter of the time and
-numbers its blocks, which is what lets a GPU draw the same mask; its stream is fixed by numpy's policy (NEP 19).
+The mask of either is that of `dropout.scaled_mask`.
 """
 
-import sys
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from retrieval.kernels import gated_norm_native as native
-from retrieval.kernels.gated_norm_reference import EPS, LANES, drop_threshold
+from retrieval.kernels.dropout import scaled_mask
+from retrieval.kernels.gated_norm_reference import EPS
 
 __all__ = ["backward_cpu", "forward_cpu"]
 
-_WORDS = 4  # of 64 bits in a Philox block
 _ELEMENTS_PER_STEP = 1 << 16
 
 
@@ -33,7 +29,7 @@ def forward_cpu(x: Tensor, u: Tensor, seed: Tensor, p: float) -> tuple[Tensor, T
     mean, rstd = torch.empty(len(x), 1, dtype=wide), torch.empty(len(x), 1, dtype=wide)
     for part in _steps(x.shape):
         normed, mean[part], rstd[part] = torch.native_layer_norm(x[part].to(wide), x.shape[1:], None, None, EPS)
-        normed.mul_(_scaled_mask(seed, part, x.shape[1], p, wide))
+        normed.mul_(scaled_mask(int(seed), part, x.shape[1], p, wide))
         torch.mul(normed, u[part], out=out[part])
     return out, mean, rstd
 
@@ -49,7 +45,7 @@ def backward_cpu(
     for part in _steps(x.shape):
         rows, grad = x[part].to(wide), dy[part].to(wide)
         if p > 0:
-            grad = grad * _scaled_mask(seed, part, x.shape[1], p, wide)
+            grad = grad * scaled_mask(int(seed), part, x.shape[1], p, wide)
         dx[part] = torch.ops.aten.native_layer_norm_backward(
             grad * u[part], rows, x.shape[1:], mean[part], rstd[part], None, None, [True, False, False]
         )[0]
@@ -61,18 +57,3 @@ def _steps(shape: torch.Size) -> Iterator[slice]:
     """Rows in steps whose temporaries stay in the cache."""
     rows = max(1, _ELEMENTS_PER_STEP // shape[1])
     return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
-
-
-def _scaled_mask(seed: Tensor, rows: slice, columns: int, p: float, dtype: torch.dtype) -> Tensor:
-    """1/(1 − p) where an element is kept, else 0, for some of the rows."""
-    blocks = -(-columns // LANES)
-    before = (rows.start * blocks - 1) % 2**256  # numpy steps its counter before it draws
-    count = rows.stop - rows.start
-    words = np.random.Philox(key=int(seed) % 2**64, counter=before).random_raw(count * blocks * _WORDS)
-    if sys.byteorder == "big":
-        words = words.astype("<u8")
-    threshold, scale = drop_threshold(p)
-    keep = words.view("<i2").reshape(count, blocks * LANES) >= threshold
-    # Numpy widens booleans several times faster than torch.
-    factor = np.multiply(keep, np.float64(scale) if dtype == torch.float64 else np.float32(scale))
-    return torch.from_numpy(factor)[:, :columns]

@@ -38,6 +38,10 @@ _STATE = "training-state.safetensors"
 # of the run.
 _STATE_SECONDS = 60.0
 _STATE_SHARE = 0.05
+# A run has come apart once its smoothed loss lies so many nats above the lowest that it had: e³ = 20 times the
+# perplexity. What new data or a noisy batch does to a run is far less.
+_SMOOTHING = 0.98
+_RISE = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +65,14 @@ class StepReport:
 
 @dataclass(slots=True, kw_only=True)
 class _Progress:
-    """How far a run is: steps done, the last validation, the best one, and how many have not been better since."""
+    """How far a run is: steps done, the last validation, the best one, and how many have not been better since.
+
+    `loss` is smoothed over about 50 steps, `lowest_loss` the least that it was.
+    """
 
     step: int = 0
+    loss: float | None = None
+    lowest_loss: float = math.inf
     last: float | None = None
     best: float | None = None
     best_step: int = 0
@@ -109,7 +118,8 @@ def train(
         ConfigError: hyperparameters that exclude each other or that the dataset does not fit, or `patience` without
             validation.
         CheckpointError: `run_dir` holds a run with other settings.
-        TrainingError: the loss, its gradient or the validation is no longer finite; what is on disk is from before.
+        TrainingError: the loss, its gradient or the validation is no longer finite, or the loss has risen far above
+            where it was; what is on disk is from before.
         TrainingStoppedError: SIGTERM or SIGINT came; the step in hand was finished and the state saved.
     """
     if not resume and any((run_dir / name).exists() for name in (_STATE, "encoder.json")):
@@ -138,6 +148,7 @@ def train(
             outcome = learner.step(batch, step)
             _log_step(log, step, outcome, len(batch.targets) / (time.monotonic() - started))
             run.progress.step = step + 1
+            run.watch(outcome.loss)
             epoch, place = divmod(step + 1, batches.per_epoch)
             if validate is not None and place == 0 and (epoch % config.validate_every == 0 or step + 1 == steps):
                 log.add_scalar("validation", run.validate(), step)
@@ -207,6 +218,20 @@ class _Run:
     @property
     def save_is_due(self) -> bool:
         return time.monotonic() >= self._next_save
+
+    def watch(self, loss: float) -> None:
+        """Take a step's loss into account.
+
+        Raises:
+            TrainingError: the run has come apart.
+        """
+        progress = self.progress
+        before = loss if progress.loss is None else progress.loss
+        progress.loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        progress.lowest_loss = min(progress.lowest_loss, progress.loss)
+        if progress.loss > progress.lowest_loss + _RISE:
+            found = f"the loss has risen to {progress.loss:.2f} from {progress.lowest_loss:.2f}"
+            raise TrainingError(f"step {progress.step}: {found}; try a lower learning rate in a new run")
 
     def save(self) -> None:
         started = time.monotonic()

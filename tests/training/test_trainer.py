@@ -259,6 +259,23 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_state
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_best_encoder(
+    data: tuple[Dataset, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+
+    def explodes(*args: Any, **options: Any) -> Tensor:
+        calls.append(None)
+        return next_item_loss(*args, **options) + (60 if len(calls) > 8 else 0)
+
+    monkeypatch.setattr(learner, "next_item_loss", explodes)
+    config = CONFIG.model_copy(update={"epochs": 9})
+    with pytest.raises(TrainingError, match=r"step 1\d: the loss has risen to \d+\.\d\d from \d\.\d\d; try a lower"):
+        train(*data, ENCODER, config, tmp_path / "run", validate=lambda encoder: -float(len(calls)))
+    kept = load_checkpoint(tmp_path / "run")[1]
+    assert kept.training["steps"] == 4
+
+
 def test_the_encoder_of_the_best_validation_is_kept_and_patience_ends_the_run(
     data: tuple[Dataset, Split], tmp_path: Path
 ) -> None:
