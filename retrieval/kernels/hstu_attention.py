@@ -73,7 +73,7 @@ def plan_attention(
     chosen = resolve_backend(backend, timestamps.device)
     max_length = None
     if not torch.compiler.is_compiling() and offsets.device.type == "cpu":
-        max_length = int(offsets.diff().max()) if len(offsets) > 1 else 0
+        max_length = int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
     prepared = None
     if chosen == "cpu" and time_bias:
         prepared = torch.ops.retrieval.hstu_attention_prepare(offsets, timestamps, query_times)
@@ -235,7 +235,7 @@ def hstu_attention(
     _check(q_THD, k_THD, v_THV, (offsets, timestamps, query_times), pos_table, time_table, num_targets)
     if (window is not None and window < 1) or contextual < 0 or (norm is not None and norm <= 0):
         raise ValueError(f"hstu_attention: window {window}, contextual {contextual}, norm {norm}: out of range")
-    if pos_table is not None and max_length is not None and len(pos_table) < max_length:
+    if pos_table is not None and max_length is not None and pos_table.shape[0] < max_length:
         raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is too short for a row of {max_length}")
     chosen = resolve_backend(backend, q_THD.device)
     if chosen == "reference":
@@ -294,14 +294,14 @@ def _check(
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"hstu_attention: q {q.dtype}, k {k.dtype}, v {v.dtype} are not one floating dtype")
     if any(t.shape != q.shape[:1] or t.dtype != torch.int64 for t in times):
-        raise ValueError(f"hstu_attention: timestamps and query_times are not int64 of {len(q)} tokens")
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int64:
+        raise ValueError(f"hstu_attention: timestamps and query_times are not int64 of {q.shape[0]} tokens")
+    if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
         raise ValueError(f"hstu_attention: offsets {offsets.dtype} {tuple(offsets.shape)} are not int64 [B + 1]")
-    if not torch.compiler.is_compiling() and offsets.device.type == "cpu" and int(offsets[-1]) != len(q):
-        raise ValueError(f"hstu_attention: {len(q)} tokens do not fit offsets that end at {int(offsets[-1])}")
-    if num_targets is not None and (num_targets.shape != (len(offsets) - 1,) or num_targets.dtype != torch.int64):
-        raise ValueError(f"hstu_attention: num_targets {tuple(num_targets.shape)} is not int64 of {len(offsets) - 1}")
-    if pos_table is not None and (pos_table.ndim != 1 or len(pos_table) == 0):
+    if not torch.compiler.is_compiling() and offsets.device.type == "cpu" and int(offsets[-1]) != q.shape[0]:
+        raise ValueError(f"hstu_attention: {q.shape[0]} tokens do not fit offsets that end at {int(offsets[-1])}")
+    if num_targets is not None and (num_targets.shape != (offsets.shape[0] - 1,) or num_targets.dtype != torch.int64):
+        raise ValueError(f"hstu_attention: num_targets {tuple(num_targets.shape)} is not int64 of {offsets.shape[0] - 1}")
+    if pos_table is not None and (pos_table.ndim != 1 or pos_table.shape[0] == 0):
         raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is not [P] with P ≥ 1")
     if time_table is not None and time_table.shape != (NUM_TIME_BUCKETS,):
         raise ValueError(f"hstu_attention: time_table {tuple(time_table.shape)} is not ({NUM_TIME_BUCKETS},)")

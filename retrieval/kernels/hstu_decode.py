@@ -97,8 +97,8 @@ def _decode(
         from retrieval.kernels.hstu_decode_triton import decode_triton
 
         return decode_triton(*tensors, norm=norm, alpha=alpha, max_length=max_length)
-    if pos_table is not None and query_positions.numel() and int(query_positions.max()) >= len(pos_table):
-        raise ValueError(f"hstu_decode: position {int(query_positions.max())} is outside a table of {len(pos_table)}")
+    if pos_table is not None and query_positions.numel() and int(query_positions.max()) >= pos_table.shape[0]:
+        raise ValueError(f"hstu_decode: position {int(query_positions.max())} is outside a table of {pos_table.shape[0]}")
     return decode_cpu(*tensors, norm=norm, alpha=alpha)
 
 
@@ -138,14 +138,14 @@ def _check(
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"hstu_decode: q {q.dtype}, k {k.dtype}, v {v.dtype} are not of one floating dtype")
     whole: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "offsets": (offsets, (len(q) + 1,)),
-        "timestamps": (timestamps, (len(k),)),
+        "offsets": (offsets, (q.shape[0] + 1,)),
+        "timestamps": (timestamps, (k.shape[0],)),
     }
     whole |= {"query_times": (query_times, q.shape[:2]), "query_positions": (query_positions, q.shape[:2])}
     for name, (tensor, shape) in whole.items():
         if tensor.shape != shape or tensor.dtype != torch.int64:
             raise ValueError(f"hstu_decode: {name} {tuple(tensor.shape)} {tensor.dtype} is not {tuple(shape)} int64")
-    if pos_table is not None and (pos_table.ndim != 1 or len(pos_table) == 0):
+    if pos_table is not None and (pos_table.ndim != 1 or pos_table.shape[0] == 0):
         raise ValueError(f"hstu_decode: pos_table {tuple(pos_table.shape)} is not one row of biases")
     if time_table is not None and time_table.shape != (NUM_TIME_BUCKETS,):
         raise ValueError(f"hstu_decode: time_table {tuple(time_table.shape)} is not ({NUM_TIME_BUCKETS},)")

@@ -82,7 +82,7 @@ def softmax_loss(
     if chosen == "reference":
         out = softmax_loss_reference(users_TD, targets, item_table, negatives, temperature=temperature, **constants)
         return out.to(wide)
-    weights = users_TD.new_ones(len(targets), dtype=wide) if weights is None else weights.to(wide)
+    weights = users_TD.new_ones(targets.shape[0], dtype=wide) if weights is None else weights.to(wide)
     bias = users_TD.new_empty(0, dtype=wide) if negative_bias is None else negative_bias.to(wide)
     if negatives is not None and negatives.ndim == 1:
         negatives, order = negatives.sort()
@@ -117,7 +117,7 @@ def _gather(targets: Tensor, table: Tensor, negatives: Tensor | None) -> tuple[T
     # rows named, and needs no atomics.)
     rows = functional.embedding(torch.cat([targets, negatives]), table)
     unit = functional.normalize(rows, dim=-1, eps=EPS)
-    wanted, items = unit.split([len(targets), len(negatives)])
+    wanted, items = unit.split([targets.shape[0], negatives.shape[0]])
     first = torch.searchsorted(negatives, targets, out_int32=True)
     return items, wanted, first, torch.searchsorted(negatives, targets, right=True, out_int32=True)
 
@@ -165,7 +165,7 @@ def _(
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = users.shape[1]
-    mean, shares = (positive.new_empty(len(x) if with_gradients else 0, width) for x in (users, items))
+    mean, shares = (positive.new_empty(x.shape[0] if with_gradients else 0, width) for x in (users, items))
     return positive.new_empty(()), torch.empty_like(positive), mean, shares
 
 
@@ -200,10 +200,10 @@ def _check(users: Tensor, targets: Tensor, table: Tensor, negatives: Tensor | No
         if rows is not None and (rows.ndim not in axes or rows.dtype != torch.int64):
             wanted = "one axis" if axes == (1,) else "one or two axes"
             raise ValueError(f"softmax_loss: {name} {tuple(rows.shape)} {rows.dtype} are not {wanted} of int64")
-    if negatives is not None and negatives.ndim == 2 and len(negatives) != len(targets):
-        raise ValueError(f"softmax_loss: negatives of {len(negatives)} positions for {len(targets)} targets")
-    if len(targets) != len(users):
-        raise ValueError(f"softmax_loss: {len(targets)} targets for {len(users)} users")
+    if negatives is not None and negatives.ndim == 2 and negatives.shape[0] != targets.shape[0]:
+        raise ValueError(f"softmax_loss: negatives of {negatives.shape[0]} positions for {targets.shape[0]} targets")
+    if targets.shape[0] != users.shape[0]:
+        raise ValueError(f"softmax_loss: {targets.shape[0]} targets for {users.shape[0]} users")
     if not temperature > 0:
         raise ValueError(f"softmax_loss: temperature {temperature} is not positive")
 
@@ -220,4 +220,4 @@ def _check_constants(
         raise ValueError(f"softmax_loss: negative_bias {tuple(negative_bias.shape)} for negatives {shape}")
     for name, values in (("weights", weights), ("positive_bias", positive_bias)):
         if values is not None and values.shape != targets.shape:
-            raise ValueError(f"softmax_loss: {name} {tuple(values.shape)} for {len(targets)} targets")
+            raise ValueError(f"softmax_loss: {name} {tuple(values.shape)} for {targets.shape[0]} targets")
