@@ -10,6 +10,7 @@ import pyarrow as pa
 from retrieval.data.duck import Engine, identifier
 from retrieval.data.events import IdType, ItemSchema, Part, Source, open_source
 from retrieval.data.staging import IdColumn, read_ids, staged_id
+from retrieval.data.vocabulary import RESERVED
 
 __all__ = ["Catalogue", "read_attributes", "stage_catalogue"]
 
@@ -58,7 +59,7 @@ def stage_catalogue(engine: Engine, path: Path, schema: ItemSchema, wanted: IdTy
     names = sorted((name for name in source.columns if name != schema.item), key=lambda name: name != title)
     for place, name in enumerate(names):
         shown = "title" if name == title else name
-        while shown == "id" or shown in attributes:  # `id` is the vocabulary's own column
+        while shown in RESERVED or shown in attributes:
             shown += "_"
         attributes[shown] = f"a{place}"
         expressions[f"a{place}"] = _attribute(name)

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from retrieval.data.columns import map_columns, write_columns
 from retrieval.errors import DataError
 
-__all__ = ["Vocabulary", "id_positions", "integers_of"]
+__all__ = ["RESERVED", "Vocabulary", "id_positions", "integers_of"]
+
+RESERVED = frozenset({"id", "events", "popularity"})
+"""Columns of our own: an item attribute of such a name gets another."""
 
 _INT64 = range(-(2**63), 2**63)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval.data.dataset import Dataset
+from retrieval.data.popularity import recent_popularity
 from retrieval.data.sequences import gather_histories
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
@@ -65,7 +66,7 @@ class Candidate:
 
     Attributes:
         encoder, info: the trained encoder and what it is.
-        vocabulary: ids and attributes, with each item's number of events.
+        vocabulary: ids and attributes, with each item's number of events and recent popularity.
         vectors: item embeddings `[N, D]`.
         index, spec: the index over them.
         searcher: searches it.
@@ -97,9 +98,8 @@ def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candida
     encoder, info = load_trained(dataset, run_dir)
     vectors = item_vectors(encoder)
     index = build_index(vectors, spec)
-    counted = Vocabulary(
-        dataset.vocabulary.ids, {**dataset.vocabulary.attributes, "events": pa.array(dataset.item_counts)}
-    )
+    known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
+    counted = Vocabulary(dataset.vocabulary.ids, {**dataset.vocabulary.attributes, **known})
     searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
     return Candidate(
         encoder=encoder,

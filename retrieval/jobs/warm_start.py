@@ -113,7 +113,7 @@ def live_ranks(dataset: Dataset, queries: Queries, live: Snapshot) -> NDArray[np
     rows = live_rows(dataset, live)
     vectors, num_items = item_vectors(live.encoder), len(live.vocabulary)
     ranks = np.full(len(queries), num_items + 1, np.int64)
-    counts = live.vocabulary.attributes["events"].to_numpy().astype(np.float32)
+    counts = live.vocabulary.attributes["popularity"].to_numpy().astype(np.float32)
     targets = rows[dataset.events.items[queries.targets]]
     times = dataset.events.timestamps[queries.targets].astype(np.int64)
     histories, filled = live_histories(dataset, live, queries.users, queries.targets, times)

@@ -300,7 +300,9 @@ def _check(
     if not torch.compiler.is_compiling() and offsets.device.type == "cpu" and int(offsets[-1]) != q.shape[0]:
         raise ValueError(f"hstu_attention: {q.shape[0]} tokens do not fit offsets that end at {int(offsets[-1])}")
     if num_targets is not None and (num_targets.shape != (offsets.shape[0] - 1,) or num_targets.dtype != torch.int64):
-        raise ValueError(f"hstu_attention: num_targets {tuple(num_targets.shape)} is not int64 of {offsets.shape[0] - 1}")
+        raise ValueError(
+            f"hstu_attention: num_targets {tuple(num_targets.shape)} is not int64 of {offsets.shape[0] - 1}"
+        )
     if pos_table is not None and (pos_table.ndim != 1 or pos_table.shape[0] == 0):
         raise ValueError(f"hstu_attention: pos_table {tuple(pos_table.shape)} is not [P] with P ≥ 1")
     if time_table is not None and time_table.shape != (NUM_TIME_BUCKETS,):

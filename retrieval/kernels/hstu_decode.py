@@ -98,7 +98,9 @@ def _decode(
 
         return decode_triton(*tensors, norm=norm, alpha=alpha, max_length=max_length)
     if pos_table is not None and query_positions.numel() and int(query_positions.max()) >= pos_table.shape[0]:
-        raise ValueError(f"hstu_decode: position {int(query_positions.max())} is outside a table of {pos_table.shape[0]}")
+        raise ValueError(
+            f"hstu_decode: position {int(query_positions.max())} is outside a table of {pos_table.shape[0]}"
+        )
     return decode_cpu(*tensors, norm=norm, alpha=alpha)
 
 

@@ -225,7 +225,7 @@ def _popular(serving: ServingSnapshot, one: PreparedRetrieve) -> Retrieved:
     # So many rows hold k that are not excluded, if there are k.
     rows = rows[: one.k + len(one.excluded)]
     rows = rows[~np.isin(rows, one.excluded)][: one.k]
-    return _retrieved(serving, one, rows, serving.event_share[rows], Source.POPULARITY)
+    return _retrieved(serving, one, rows, serving.popularity[rows], Source.POPULARITY)
 
 
 def _retrieved(

@@ -28,7 +28,7 @@ class ServingSnapshot:
         max_length: events of a history that the encoder reads at most.
         string_ids: whether item ids are strings, else integers.
         actions: names of actions that histories may use, beside ""; empty if any name is accepted and none is read.
-        event_share: each item's share of all events, float32 `[N]`.
+        popularity: each item's share of recent events, float32 `[N]`.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -45,8 +45,8 @@ class ServingSnapshot:
         self._action_codes = {name: code for code, name in reversed(list(enumerate(snapshot.info.actions)))}
         self._action_codes[""] = 0
         self.actions = tuple(name for name in self._action_codes if name)[::-1]
-        events = snapshot.vocabulary.attributes["events"].to_numpy().astype(np.float64)
-        self.event_share: NDArray[np.float32] = (events / max(events.sum(), 1.0)).astype(np.float32)
+        counts = snapshot.vocabulary.attributes["popularity"].to_numpy().astype(np.float64)
+        self.popularity: NDArray[np.float32] = (counts / max(counts.sum(), 1.0)).astype(np.float32)
         # Indexing numpy is many times faster than Arrow's `take` for the few rows of an answer.
         self._ids = snapshot.vocabulary.ids.to_numpy(zero_copy_only=False)
         self._warm_up()

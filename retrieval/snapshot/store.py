@@ -40,9 +40,10 @@ class Snapshot:
         manifest: what was checked.
         encoder: in evaluation mode.
         info: the encoder's configuration and action names.
-        vocabulary: rows, ids and attributes of the items; `events` counts each item's events.
+        vocabulary: rows, ids and attributes of the items; `events` counts each item's events, `popularity`
+            those of late (`data.popularity`).
         searcher: the index.
-        popular: rows by falling number of events, int64 `[N]`: the answer for users without a usable history.
+        popular: rows by falling popularity, int64 `[N]`: the answer for users without a usable history.
     """
 
     version: str
@@ -105,9 +106,10 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
     sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
     if set(sizes.values()) != {manifest.items} or {info.encoder.width, index.d} != {manifest.width}:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
-    if "events" not in vocabulary.attributes:
-        raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column 'events'")
-    events = vocabulary.attributes["events"].to_numpy()
+    for name in ("events", "popularity"):
+        if name not in vocabulary.attributes:
+            raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column {name!r}")
+    events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
     backend = FaissBackend(index, item_vectors(encoder), manifest.index)
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
     return Snapshot(
@@ -117,5 +119,5 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         info=info,
         vocabulary=vocabulary,
         searcher=Searcher(backend, vocabulary.rank_by_id, attributes=attributes),
-        popular=np.lexsort((vocabulary.rank_by_id, -events)),
+        popular=np.lexsort((vocabulary.rank_by_id, -events, -popularity)),
     )

@@ -12,6 +12,7 @@ import pytest
 
 from retrieval.data.dataset import ActionValue, Dataset
 from retrieval.data.ingest import EventSchema, ItemSchema, ingest
+from retrieval.data.vocabulary import RESERVED
 from retrieval.errors import DataError
 from tests.data.logs import DAY, HEADER, histories, repairs, write, write_parquet
 
@@ -189,12 +190,13 @@ def test_item_attributes_keep_their_types(tmp_path: Path) -> None:
         "tags": pa.array([["x", "y"], []], pa.list_(pa.string())),
         "new": pa.array([True, False]),
         "id": pa.array([8, 9], pa.int64()),
+        "events": pa.array(["concert", "fair"]),
     }
     items = write_parquet(tmp_path / "items.parquet", {"item_id": ["b", "c"], **attributes})
     dataset = ingest(log, tmp_path / "out", items=items)
     assert dataset.vocabulary.ids.to_pylist() == ["a", "b", "c"]
     for name, column in attributes.items():
-        found = dataset.vocabulary.attributes["id_" if name == "id" else name]
+        found = dataset.vocabulary.attributes[f"{name}_" if name in RESERVED else name]
         assert found.type.equals(column.type) or pa.types.is_list(found.type), name
         assert found.to_pylist() == [None, *column.to_pylist()], name
 

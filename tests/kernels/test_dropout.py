@@ -23,6 +23,7 @@ def test_elements_are_dropped_or_scaled_and_so_are_their_gradients(dtype: torch.
     assert set(y.detach().unique().tolist()) == {0.0, scale.item()}
     assert float((y == 0).double().mean()) == pytest.approx(0.2, abs=0.015)  # five standard deviations
     y.sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, y.detach())
 
 

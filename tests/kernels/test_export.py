@@ -23,8 +23,18 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, times: Tensor, query_times: Tensor) -> Tensor:
         q, k, v, u = x.chunk(4, dim=-1)
-        tables = {"pos_table": self.pos_table, "time_table": self.time_table}
-        out = hstu_attention(q, k, v, offsets, times, query_times, norm=8.0, backend="cpu", **tables)
+        out = hstu_attention(
+            q,
+            k,
+            v,
+            offsets,
+            times,
+            query_times,
+            pos_table=self.pos_table,
+            time_table=self.time_table,
+            norm=8.0,
+            backend="cpu",
+        )
         return gated_norm(out.flatten(1), u.flatten(1), backend="cpu")
 
 
@@ -35,9 +45,18 @@ class LastQuery(nn.Module):
         q, k, v, _ = x.chunk(4, dim=-1)
         last = offsets[1:] - 1
         asked = (query_times[last].unsqueeze(1), (offsets.diff() - 1).unsqueeze(1))
-        tables = {"pos_table": None, "time_table": None}
         return hstu_decode(
-            q[last].unsqueeze(1), k, v, offsets, times, *asked, norm=None, max_length=8, backend="cpu", **tables
+            q[last].unsqueeze(1),
+            k,
+            v,
+            offsets,
+            times,
+            *asked,
+            pos_table=None,
+            time_table=None,
+            norm=None,
+            max_length=8,
+            backend="cpu",
         )
 
 

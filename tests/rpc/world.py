@@ -81,7 +81,9 @@ def make_encoder(seed: int = 0, num_actions: int = 3) -> HSTUEncoder:
 
 def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, actions: tuple[str, ...] = ACTIONS) -> str:
     titles = pa.array([f"Title {row}" if row % 7 else None for row in range(len(dataset.vocabulary))])
-    vocabulary = Vocabulary(dataset.vocabulary.ids, {"title": titles, "events": pa.array(dataset.item_counts)})
+    counts = dataset.item_counts
+    attributes = {"title": titles, "events": pa.array(counts), "popularity": pa.array(counts.astype(np.float32))}
+    vocabulary = Vocabulary(dataset.vocabulary.ids, attributes)
     spec = IndexSpec()
 
     def write(folder: Path) -> bytes:

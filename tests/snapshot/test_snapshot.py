@@ -34,7 +34,8 @@ def publish(registry: Registry, seed: int = 0) -> str:
     torch.manual_seed(seed)
     encoder = HSTUEncoder(CONFIG).eval()
     ids = pa.array([f"item-{number}" for number in range(ITEMS)])
-    vocabulary = Vocabulary(ids, {"events": pa.array((np.arange(ITEMS) + seed) % 5)})
+    counts = (np.arange(ITEMS) + seed) % 5
+    vocabulary = Vocabulary(ids, {"events": pa.array(counts), "popularity": pa.array(counts.astype(np.float32))})
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
