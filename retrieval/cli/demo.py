@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from retrieval.data.dataset import Dataset
     from retrieval.evaluation.offline import Report
     from retrieval.histories.store import StoredHistory
+    from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
     from retrieval.rpc.client import Retrieved
     from retrieval.training.config import TrainConfig
@@ -143,7 +144,7 @@ def _train(parsed: argparse.Namespace, dataset: "Dataset", config: "TrainConfig"
     train_with_progress(dataset, split, encoder_config(dataset, preset), config, run_dir, device=device)
 
 
-def _publish(dataset: "Dataset", report: "Report", spec: "IndexSpec", out: Path) -> str:
+def _publish(dataset: "Dataset", report: "Report", spec: "IndexSpec | AutoIndex", out: Path) -> str:
     from retrieval.jobs.publish import publish_snapshot
     from retrieval.snapshot.registry import Registry
 

@@ -15,6 +15,7 @@ from retrieval.errors import InputError
 if TYPE_CHECKING:
     from retrieval.data.dataset import Dataset
     from retrieval.evaluation.offline import Report
+    from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
 
 __all__ = ["add_parser", "evaluate_run", "report_table"]
@@ -50,15 +51,14 @@ def run(parsed: argparse.Namespace) -> None:
     say(f"report in {out / 'report.json'}, plot in {out / 'recall.png'}")
 
 
-def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec") -> "Report":
+def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex") -> "Report":
     """Evaluate a training run under its own split, showing progress."""
     from retrieval.data.splits import SplitInfo, split_dataset
     from retrieval.encoder.inference import embed_users, item_vectors
     from retrieval.evaluation.offline import evaluate
     from retrieval.index.backend import FaissBackend
-    from retrieval.index.builder import build_index
     from retrieval.index.searcher import Searcher
-    from retrieval.jobs.publish import load_trained
+    from retrieval.jobs.publish import built_index, current_user_embeddings, load_trained
 
     encoder, info = load_trained(dataset, run_dir)
     split_info = SplitInfo.parse(info.split, str(run_dir))
@@ -66,7 +66,8 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec") -> "Repor
         raise InputError(f"{run_dir}: was trained on every event, so none is left to evaluate on")
     split = split_dataset(dataset, split_info)
     vectors = item_vectors(encoder)
-    searcher = Searcher(FaissBackend(build_index(vectors, spec), vectors, spec), dataset.vocabulary.rank_by_id)
+    index, spec, _ = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
+    searcher = Searcher(FaissBackend(index, vectors, spec), dataset.vocabulary.rank_by_id)
     with progress("evaluate") as update:
         return evaluate(
             dataset,

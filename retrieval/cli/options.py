@@ -8,6 +8,7 @@ from retrieval.encoder.presets import PRESETS
 from retrieval.errors import InputError
 
 if TYPE_CHECKING:
+    from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
     from retrieval.training.config import TrainConfig
 
@@ -50,12 +51,19 @@ def pick_device(name: str) -> str:
 
 
 def add_index_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--index` and `--search`."""
+    """Add `--index`, `--search` and `--index-recall`."""
     parser.add_argument(
         "--index",
         default="Flat",
         metavar="FACTORY",
-        help="Faiss factory string, e.g. IVF1024,Flat or HNSW32 (default: Flat, which is exact)",
+        help="Faiss factory string, e.g. IVF1024,Flat or HNSW32, or auto: the fastest that reaches --index-recall, "
+        "by measurement (default: Flat, which is exact)",
+    )
+    parser.add_argument(
+        "--index-recall",
+        type=float,
+        metavar="SHARE",
+        help="with --index auto: least recall@100 against exact search (default: 0.99)",
     )
     parser.add_argument(
         "--search",
@@ -66,14 +74,22 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def index_spec(parsed: argparse.Namespace) -> "IndexSpec":
+def index_spec(parsed: argparse.Namespace) -> "IndexSpec | AutoIndex":
     """Read what `add_index_options` added.
 
     Raises:
-        InputError: a search parameter is not NAME=VALUE.
+        InputError: a search parameter is not NAME=VALUE, or options exclude each other.
     """
+    from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
 
+    if parsed.index == "auto":
+        if parsed.search:
+            raise InputError("--search: is chosen too with --index auto")
+        given = {} if parsed.index_recall is None else {"recall": parsed.index_recall}
+        return AutoIndex.parse(given, "--index-recall")
+    if parsed.index_recall is not None:
+        raise InputError("--index-recall: says what --index auto must reach; the index is given")
     return IndexSpec(factory=parsed.index, search=_numbers(parsed.search, "--search"))
 
 

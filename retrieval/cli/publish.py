@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from retrieval.cli.console import OUT
+from retrieval.cli.console import OUT, say
 from retrieval.cli.options import add_index_options, add_json_option, index_spec
 
 __all__ = ["add_parser"]
@@ -33,7 +33,7 @@ def run(parsed: argparse.Namespace) -> None:
     report_file = parsed.run_dir / "report.json"
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
     registry = Registry(parsed.registry)
-    version = publish_snapshot(dataset, parsed.run_dir, registry, spec, report)
+    version = publish_snapshot(dataset, parsed.run_dir, registry, spec, report, on_choice=say)
     manifest = read_manifest(registry.folder(version))
     if parsed.json:
         print(json.dumps({"version": version, "items": manifest.items, "ann_recall": manifest.ann_recall}))

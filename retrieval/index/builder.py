@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
 from retrieval.index.spec import IndexSpec
 
-__all__ = ["build_index", "read_index", "write_index"]
+__all__ = ["apply_search_parameters", "build_index", "read_index", "write_index"]
 
 
 def build_index(vectors: NDArray[np.float32], spec: IndexSpec) -> faiss.Index:
@@ -36,11 +36,16 @@ def build_index(vectors: NDArray[np.float32], spec: IndexSpec) -> faiss.Index:
         raise ConfigError(
             f"index {spec.factory!r} cannot be built over {len(vectors)} items: {_reason(error)}"
         ) from None
-    _apply_search_parameters(index, spec)
+    apply_search_parameters(index, spec)
     return index
 
 
-def _apply_search_parameters(index: faiss.Index, spec: IndexSpec) -> None:
+def apply_search_parameters(index: faiss.Index, spec: IndexSpec) -> None:
+    """Set an index's search parameters.
+
+    Raises:
+        ConfigError: the index has no such parameter.
+    """
     for name, value in spec.search.items():
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
@@ -68,5 +73,5 @@ def read_index(path: Path, spec: IndexSpec) -> faiss.Index:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
         raise SnapshotCorruptError(f"{path}: is not a readable Faiss index ({_reason(error)})") from None
-    _apply_search_parameters(index, spec)
+    apply_search_parameters(index, spec)
     return index

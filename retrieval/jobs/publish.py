@@ -1,6 +1,7 @@
 """A trained encoder becomes the live snapshot: embed items, build the index, measure it, write, switch."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.data.popularity import recent_popularity
 from retrieval.data.sequences import gather_histories
@@ -19,8 +21,10 @@ from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError
 from retrieval.evaluation.ann import ann_recall
+from retrieval.files import write_atomically
 from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
+from retrieval.index.choice import AutoIndex, Measured, choose_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.registry import Registry
@@ -29,6 +33,7 @@ from retrieval.snapshot.store import write_snapshot
 __all__ = [
     "Candidate",
     "build_candidate",
+    "built_index",
     "current_user_embeddings",
     "load_trained",
     "publish_candidate",
@@ -36,6 +41,7 @@ __all__ = [
 ]
 
 _RECALL_QUERIES = 1000
+_CHOICE = "index-choice.json"
 
 
 def load_trained(dataset: Dataset, run_dir: Path) -> tuple[UserEncoder, CheckpointInfo]:
@@ -71,6 +77,7 @@ class Candidate:
         index, spec: the index over them.
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
+        choice: what was measured to choose the index; empty where it was given.
     """
 
     encoder: UserEncoder
@@ -81,15 +88,24 @@ class Candidate:
     spec: IndexSpec
     searcher: Searcher
     ann_recall: float
+    choice: tuple[Measured, ...]
 
 
-def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candidate:
+def build_candidate(
+    dataset: Dataset,
+    run_dir: Path,
+    spec: IndexSpec | AutoIndex,
+    *,
+    on_choice: Callable[[str], None] = lambda line: None,
+) -> Candidate:
     """Embed the items of a training run's encoder, build the index and measure it.
 
     Args:
         dataset: what the encoder was trained on.
         run_dir: the training run.
-        spec: the index to build.
+        spec: the index to build, or what a chosen one has to reach. A choice is kept in the run's folder: doing this
+            again builds the same index.
+        on_choice: told of each step of choosing.
 
     Raises:
         CheckpointError: the run holds no encoder of this dataset.
@@ -97,7 +113,8 @@ def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candida
     """
     encoder, info = load_trained(dataset, run_dir)
     vectors = item_vectors(encoder)
-    index = build_index(vectors, spec)
+    users = current_user_embeddings(dataset, encoder)
+    index, spec, table = built_index(vectors, users, spec, run_dir, on_choice)
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
     counted = Vocabulary(dataset.vocabulary.ids, {**dataset.vocabulary.attributes, **known})
     searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
@@ -109,12 +126,56 @@ def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candida
         index=index,
         spec=spec,
         searcher=searcher,
-        ann_recall=ann_recall(searcher, vectors, current_user_embeddings(dataset, encoder)),
+        ann_recall=ann_recall(searcher, vectors, users),
+        choice=table,
     )
+
+
+class _Kept(Config):
+    """Contents of `index-choice.json`: what was chosen for which embeddings."""
+
+    vectors: str
+    auto: AutoIndex
+    spec: IndexSpec
+    table: tuple[Measured, ...]
+
+
+def built_index(
+    vectors: NDArray[np.float32],
+    users: NDArray[np.float32],
+    spec: IndexSpec | AutoIndex,
+    run_dir: Path,
+    on_choice: Callable[[str], None] = lambda line: None,
+) -> tuple[faiss.Index, IndexSpec, tuple[Measured, ...]]:
+    """The index that is asked for, what it is, and what was measured to choose it.
+
+    Args:
+        vectors: item embeddings `[N, D]`.
+        users: users' embeddings `[B, D]`, to choose by.
+        spec: as of `build_candidate`.
+        run_dir: the training run, whose folder keeps the choice.
+        on_choice: told of each step of choosing.
+
+    Raises:
+        ConfigError: the index cannot be built, or nothing reaches what is asked for.
+    """
+    if isinstance(spec, IndexSpec):
+        return build_index(vectors, spec), spec, ()
+    file, digest = run_dir / _CHOICE, hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()
+    if file.exists():
+        kept = _Kept.model_validate_json(file.read_bytes())
+        if (kept.vectors, kept.auto) == (digest, spec):
+            return build_index(vectors, kept.spec), kept.spec, kept.table
+    choice = choose_index(vectors, users, spec, report=on_choice)
+    kept = _Kept(vectors=digest, auto=spec, spec=choice.spec, table=choice.table)
+    write_atomically(file, kept.model_dump_json(indent=2).encode())
+    return choice.index, choice.spec, choice.table
 
 
 def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[str, Any]) -> str:
     """Write a candidate as the live snapshot, with a report to keep beside it; return its version."""
+    if candidate.choice:
+        report = {**report, "index_choice": [measured.model_dump(mode="json") for measured in candidate.choice]}
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
@@ -132,7 +193,13 @@ def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[
 
 
 def publish_snapshot(
-    dataset: Dataset, run_dir: Path, registry: Registry, spec: IndexSpec, report: Mapping[str, Any]
+    dataset: Dataset,
+    run_dir: Path,
+    registry: Registry,
+    spec: IndexSpec | AutoIndex,
+    report: Mapping[str, Any],
+    *,
+    on_choice: Callable[[str], None] = lambda line: None,
 ) -> str:
     """`build_candidate`, then `publish_candidate`."""
-    return publish_candidate(build_candidate(dataset, run_dir, spec), registry, report)
+    return publish_candidate(build_candidate(dataset, run_dir, spec, on_choice=on_choice), registry, report)

@@ -38,6 +38,7 @@ from retrieval.evaluation.gates import GateConfig, GateResult, at_least, at_most
 from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.evaluation.ranking import query_batches, rank_by_scores
 from retrieval.files import remove_temporary_files, write_atomically
+from retrieval.index.choice import AutoIndex
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs.publish import Candidate, build_candidate, current_user_embeddings, publish_candidate
 from retrieval.jobs.warm_start import carried_over, live_histories, live_ranks, live_rows
@@ -69,7 +70,7 @@ class RebuildConfig(Config):
     """
 
     training: TrainConfig
-    index: IndexSpec
+    index: IndexSpec | AutoIndex
     gates: GateConfig = Field(default_factory=GateConfig)
     full: bool = False
     warm_epochs: int = Field(default=3, ge=1)
