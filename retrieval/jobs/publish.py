@@ -1,6 +1,6 @@
 """A trained encoder becomes the live snapshot: embed items, build the index, measure it, write, switch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import CheckpointError
+from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
+from retrieval.evaluation.gates import GateResult
 from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
+from retrieval.snapshot.manifest import GateVerdict, Interval
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import write_snapshot
 
@@ -70,6 +72,7 @@ class Candidate:
         index, spec: the index over them.
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
+        trained_on: times of the events that the encoder was trained on.
     """
 
     encoder: UserEncoder
@@ -80,6 +83,7 @@ class Candidate:
     spec: IndexSpec
     searcher: Searcher
     ann_recall: float
+    trained_on: Interval
 
 
 def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candidate:
@@ -110,11 +114,32 @@ def build_candidate(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candida
         spec=spec,
         searcher=searcher,
         ann_recall=ann_recall(searcher, vectors, current_user_embeddings(dataset, encoder)),
+        trained_on=_trained_on(dataset, info),
     )
 
 
-def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[str, Any]) -> str:
-    """Write a candidate as the live snapshot, with a report to keep beside it; return its version."""
+def _trained_on(dataset: Dataset, info: CheckpointInfo) -> Interval:
+    times = dataset.events.timestamps
+    end = info.split.get("time")
+    last = int(times.max())
+    return Interval(first=int(times.min()), last=last if end is None else min(last, end - 1))
+
+
+def publish_candidate(
+    candidate: Candidate, registry: Registry, report: Mapping[str, Any], gates: Sequence[GateResult] = ()
+) -> str:
+    """Write a candidate as the live snapshot, with a report to keep beside it; return its version.
+
+    Args:
+        candidate: what to publish.
+        registry: where.
+        report: for people.
+        gates: verdicts that the manifest tells.
+    """
+    try:
+        parent = registry.current()
+    except NoSnapshotError:
+        parent = None
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
@@ -126,6 +151,9 @@ def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[
             spec=candidate.spec,
             ann_recall=candidate.ann_recall,
             report=report,
+            parent=parent,
+            trained_on=candidate.trained_on,
+            gates=[GateVerdict(**gate.model_dump()) for gate in gates],
         )
 
     return registry.publish(write)

@@ -22,7 +22,7 @@ from retrieval.encoder.inference import item_vectors
 from retrieval.errors import NoSnapshotError, RetrievalError, SnapshotCorruptError, SnapshotError
 from retrieval.index.builder import build_index
 from retrieval.index.spec import IndexSpec
-from retrieval.snapshot.manifest import MANIFEST, version_suffix
+from retrieval.snapshot.manifest import MANIFEST, version_name
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot, write_snapshot
 
@@ -102,7 +102,7 @@ def test_a_version_that_is_not_there_is_never_opened(registry: Registry, version
 
 
 def test_a_write_that_fails_changes_nothing(registry: Registry) -> None:
-    live, entries = registry.current(), sorted(os.listdir(registry.path))
+    live, versions = registry.current(), registry.versions()
 
     def fails(folder: Path) -> bytes:
         (folder / "encoder.json").write_text("half")
@@ -111,7 +111,8 @@ def test_a_write_that_fails_changes_nothing(registry: Registry) -> None:
     with pytest.raises(OSError, match="disk full"):
         registry.publish(fails)
     assert registry.current() == live
-    assert sorted(os.listdir(registry.path)) == entries
+    assert registry.versions() == versions
+    assert not [name for name in os.listdir(registry.location) if name.startswith((".tmp-", "staging"))]
 
 
 FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow", MANIFEST)
@@ -177,17 +178,23 @@ def rewrite_manifest(folder: Path, **changes: object) -> Path:
     values = json.loads((folder / MANIFEST).read_text()) | changes
     content = json.dumps(values).encode()
     (folder / MANIFEST).write_bytes(content)
-    return folder.rename(folder.with_name(f"{folder.name[:7]}{version_suffix(content)}"))
+    return folder.rename(folder.with_name(version_name(1, content)))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 2}, "format 2 is not the format 1"),
-        ({"items": 13}, "do not belong together"),
-        ({"width": 9}, "do not belong together"),
+        ({"format": 3}, "format 3 is newer than the format 2 that this version reads; upgrade it"),
+        ({"format": 1}, "format 1 is not the format 2"),
+        ({"format": None}, "format None is not the format 2"),
+        ({"items": 13}, "are not those of the manifest"),
+        ({"width": 9}, "are not those of the manifest"),
+        ({"model": "0" * 64}, "are not those of the manifest"),
+        ({"vocabulary": "0" * 64}, "are not those of the manifest"),
         ({"surprise": 1}, "surprise"),
-        ({"files": {}}, "does not belong to the snapshot"),
+        ({"parent": "../000001-000000000000"}, "parent"),
+        ({"files": {}}, "files: must be encoder.json, .* not none"),
+        ({"files": {"../CURRENT": {"bytes": 1, "sha256": "0" * 64}}}, r"not \.\./CURRENT"),
     ],
 )
 def test_a_manifest_that_cannot_be_honoured_is_refused(
@@ -214,7 +221,7 @@ def test_publishing_killed_at_any_moment_leaves_the_live_snapshot_whole(registry
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(die)
-        publish(Registry(Path({str(registry.path)!r})), seed=5)
+        publish(Registry(Path({str(registry.location)!r})), seed=5)
         print("published")
     """)
     killed = 0
