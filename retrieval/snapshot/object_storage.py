@@ -84,7 +84,7 @@ class _LeaseRecord(Config):
 
 
 # What names one state of an object in conditional writes.
-_Tag = dict[str, str | None]
+_Tag = dict[str, str]
 
 
 def object_store(url: str) -> ObjectStore:
@@ -385,7 +385,7 @@ def _parse_lease(content: bytes, where: str) -> _LeaseRecord:
 
 
 def _tag(meta: Any) -> _Tag:
-    return {"e_tag": meta["e_tag"], "version": meta["version"]}
+    return {key: meta[key] for key in ("e_tag", "version") if meta[key] is not None}
 
 
 def _first_line(error: Exception) -> str:
