@@ -241,7 +241,9 @@ class ObjectStorage:
             try:
                 found = obstore.get(self._store, name)
                 return bytes(found.bytes()), _tag(found.meta)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise SnapshotError(f"{self.url}: there is no such bucket") from None
                 return None
 
     def _write(self, name: str, content: bytes, instead_of: _Tag | None) -> _Tag:
