@@ -12,7 +12,9 @@ __all__ = [
     "InputError",
     "InvalidRequestError",
     "NoSnapshotError",
+    "RegistryBusyError",
     "RetrievalError",
+    "SnapshotConflictError",
     "SnapshotCorruptError",
     "SnapshotError",
     "TrainingError",
@@ -86,6 +88,16 @@ class SnapshotError(RetrievalError):
 
 class SnapshotCorruptError(SnapshotError):
     """A snapshot's bytes differ from what its manifest promises."""
+
+
+class SnapshotConflictError(SnapshotError):
+    """Somebody else changed a registry's live version, or took its lease, in the meantime."""
+
+
+class RegistryBusyError(SnapshotError):
+    """Another rebuild or publication is at work in a registry."""
+
+    exit_code = 2
 
 
 class NoSnapshotError(SnapshotError):

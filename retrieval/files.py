@@ -1,5 +1,6 @@
 """Durable files: everything that another process may read appears whole or not at all."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -8,7 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["fsync_folder", "new_folder", "remove_temporary_files", "replacing", "sha256_of", "write_atomically"]
+__all__ = [
+    "fsync_folder",
+    "locked",
+    "new_folder",
+    "remove_temporary_files",
+    "replacing",
+    "sha256_of",
+    "write_atomically",
+]
 
 _TEMPORARY = ".tmp-"
 
@@ -24,6 +33,27 @@ def fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file, which the system releases however this process ends.
+
+    Args:
+        path: the file; created if need be, unless the lock is shared.
+        shared: whether others may hold it too, if they share it as well.
+        wait: whether to wait for whoever holds it.
+
+    Raises:
+        BlockingIOError: another holds it, and `wait` is false.
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        yield
     finally:
         os.close(descriptor)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from retrieval.training.config import TrainConfig
 
 __all__ = [
+    "REGISTRY_HELP",
     "add_device_option",
     "add_index_options",
     "add_json_option",
@@ -21,6 +22,9 @@ __all__ = [
     "pick_device",
     "train_config",
 ]
+
+
+REGISTRY_HELP = "folder of snapshots, or a URL such as s3://BUCKET/PREFIX"
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

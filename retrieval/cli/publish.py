@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from retrieval.cli.console import OUT, say
-from retrieval.cli.options import add_index_options, add_json_option, index_spec
+from retrieval.cli.options import REGISTRY_HELP, add_index_options, add_json_option, index_spec
 
 __all__ = ["add_parser"]
 
@@ -15,7 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser("publish", help="build a snapshot and make it the live one", description=__doc__)
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder made by `retrieval ingest`")
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder made by `retrieval train`")
-    parser.add_argument("--registry", type=Path, required=True, metavar="DIR", help="folder of snapshots")
+    parser.add_argument("--registry", required=True, metavar="REGISTRY", help=REGISTRY_HELP)
     add_index_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -25,7 +25,6 @@ def run(parsed: argparse.Namespace) -> None:
     """Build and publish."""
     from retrieval.data.dataset import Dataset
     from retrieval.jobs.publish import publish_snapshot
-    from retrieval.snapshot.manifest import read_manifest
     from retrieval.snapshot.registry import Registry
 
     spec = index_spec(parsed)
@@ -34,7 +33,7 @@ def run(parsed: argparse.Namespace) -> None:
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
     registry = Registry(parsed.registry)
     version = publish_snapshot(dataset, parsed.run_dir, registry, spec, report, on_choice=say)
-    manifest = read_manifest(registry.folder(version))
+    manifest = registry.manifest(version)
     if parsed.json:
         print(json.dumps({"version": version, "items": manifest.items, "ann_recall": manifest.ann_recall}))
         return

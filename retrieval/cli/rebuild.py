@@ -10,6 +10,7 @@ from rich.table import Table
 from retrieval.cli.console import OUT, progress, say
 from retrieval.cli.ingest import add_event_options, ingest_with_progress
 from retrieval.cli.options import (
+    REGISTRY_HELP,
     add_device_option,
     add_index_options,
     add_json_option,
@@ -36,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "again after a crash it goes on where it stopped; run again after success it does nothing.",
     )
     parser.add_argument("events", type=Path, metavar="EVENTS", help="file, or folder of files of one format")
-    parser.add_argument("--registry", type=Path, required=True, metavar="DIR", help="folder of snapshots")
+    parser.add_argument("--registry", required=True, metavar="REGISTRY", help=REGISTRY_HELP)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for this job's own files")
     parser.add_argument("--full", action="store_true", help="train from scratch")
     parser.add_argument("--dry-run", action="store_true", help="do everything but publish")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from retrieval.cli.console import OUT
-from retrieval.cli.options import add_device_option, pick_device
+from retrieval.cli.options import REGISTRY_HELP, add_device_option, pick_device
 
 __all__ = ["READY", "add_parser"]
 
@@ -20,7 +20,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Serve a registry's live snapshot and follow it: a newly published snapshot takes over without a "
         "lost call. Ends on SIGTERM or SIGINT after the calls in hand.",
     )
-    parser.add_argument("registry", type=Path, metavar="REGISTRY", help="folder of snapshots; may still be empty")
+    parser.add_argument("registry", metavar="REGISTRY", help=f"{REGISTRY_HELP}; may still be empty")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="copies of snapshots of an object store (default: in ~/.cache)"
+    )
     parser.add_argument("--histories", type=Path, metavar="DATASET", help="dataset whose users can be asked for by id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: 50051)")
@@ -57,6 +60,7 @@ def run(parsed: argparse.Namespace) -> None:
     tls = {"cert": parsed.tls_cert, "key": parsed.tls_key, "client_ca": parsed.tls_client_ca}
     values = {
         "registry": parsed.registry,
+        "cache": parsed.cache,
         "host": parsed.host,
         "port": parsed.port,
         "tls": {key: path for key, path in tls.items() if path is not None} or None,

@@ -4,6 +4,7 @@ File `vocabulary.arrow`: one row per item in row order; column `id` (int64 or st
 columns such as `title`. Ids come back exactly as they went in.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["RESERVED", "Vocabulary", "id_positions", "integers_of"]
 RESERVED = frozenset({"id", "events", "popularity"})
 """Columns of our own: an item attribute of such a name gets another."""
 
+_HASHED_AT_ONCE = 2**16
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -111,6 +113,16 @@ class Vocabulary:
     def has_string_ids(self) -> bool:
         """Whether ids are strings (else 64-bit integers)."""
         return bool(pa.types.is_string(self.ids.type))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the ids in their order: SHA-256 of their kind, lengths and bytes, as 64 hex digits."""
+        if not self.has_string_ids:
+            return hashlib.sha256(b"int64" + self.ids.to_numpy().astype("<i8").tobytes()).hexdigest()
+        digest = hashlib.sha256(b"string" + pc.binary_length(self.ids).to_numpy().astype("<i8").tobytes())
+        for start in range(0, len(self), _HASHED_AT_ONCE):
+            digest.update("".join(self.ids.slice(start, _HASHED_AT_ONCE).to_pylist()).encode())
+        return digest.hexdigest()
 
     @cached_property
     def _row_of_string(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """A trained encoder becomes the live snapshot: embed items, build the index, measure it, write, switch."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import CheckpointError
+from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
 from retrieval.files import write_atomically
+from retrieval.evaluation.gates import GateResult
 from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.choice import AutoIndex, Measured, choose_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
+from retrieval.snapshot.manifest import GateVerdict, Interval
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import write_snapshot
 
@@ -78,6 +80,7 @@ class Candidate:
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
         choice: what was measured to choose the index; empty where it was given.
+        trained_on: times of the events that the encoder was trained on.
     """
 
     encoder: UserEncoder
@@ -89,6 +92,7 @@ class Candidate:
     searcher: Searcher
     ann_recall: float
     choice: tuple[Measured, ...]
+    trained_on: Interval
 
 
 def build_candidate(
@@ -128,6 +132,7 @@ def build_candidate(
         searcher=searcher,
         ann_recall=ann_recall(searcher, vectors, users),
         choice=table,
+        trained_on=_trained_on(dataset, info),
     )
 
 
@@ -172,8 +177,28 @@ def built_index(
     return choice.index, choice.spec, choice.table
 
 
-def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[str, Any]) -> str:
-    """Write a candidate as the live snapshot, with a report to keep beside it; return its version."""
+def _trained_on(dataset: Dataset, info: CheckpointInfo) -> Interval:
+    times = dataset.events.timestamps
+    end = info.split.get("time")
+    last = int(times.max())
+    return Interval(first=int(times.min()), last=last if end is None else min(last, end - 1))
+
+
+def publish_candidate(
+    candidate: Candidate, registry: Registry, report: Mapping[str, Any], gates: Sequence[GateResult] = ()
+) -> str:
+    """Write a candidate as the live snapshot, with a report to keep beside it; return its version.
+
+    Args:
+        candidate: what to publish.
+        registry: where.
+        report: for people.
+        gates: verdicts that the manifest tells.
+    """
+    try:
+        parent = registry.current()
+    except NoSnapshotError:
+        parent = None
     if candidate.choice:
         report = {**report, "index_choice": [measured.model_dump(mode="json") for measured in candidate.choice]}
 
@@ -187,6 +212,9 @@ def publish_candidate(candidate: Candidate, registry: Registry, report: Mapping[
             spec=candidate.spec,
             ann_recall=candidate.ann_recall,
             report=report,
+            parent=parent,
+            trained_on=candidate.trained_on,
+            gates=[GateVerdict(**gate.model_dump()) for gate in gates],
         )
 
     return registry.publish(write)

@@ -138,12 +138,13 @@ def rebuild(
         on_step: called after every step of training.
 
     Raises:
-        InputError: the log, the settings or the folders cannot be used, or another rebuild is at work in them.
+        InputError: the log, the settings or the folders cannot be used, or another rebuild is at work in `work`.
+        RegistryBusyError: another rebuild is at work in the registry.
         GateRefusedError: a gate refused; the live snapshot stays. The report lies in the night's folder.
         TrainingError: training diverged.
     """
     clock = _Clock(on_stage)
-    with _alone(work), _alone(registry.path):
+    with _alone(work), registry.lease():
         live = _live(registry)
         made_by = _made_by(registry, live)
         if live is not None and made_by and made_by["night"] == _name_of_night(sources, config, made_by["live"]):
@@ -220,7 +221,7 @@ def rebuild(
         if dry_run:
             return Night(version=None, report=report, folder=folder)
         with clock.stage("publish"):
-            version = publish_candidate(candidate, registry, report)
+            version = publish_candidate(candidate, registry, report, results)
             registry.prune(config.keep)
         return Night(version=version, report=report, folder=folder)
 

@@ -41,7 +41,7 @@ from retrieval.rpc.service import Answer, Prepared, RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
 from retrieval.rpc.status import reason_of, status_of
 from retrieval.rpc.tracing import exported_traces
-from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.registry import Registry, storage_at
 
 __all__ = ["SERVICE", "Server", "ServerConfig", "run_server", "running_server"]
 
@@ -58,7 +58,8 @@ class ServerConfig(Config):
     """How a server runs.
 
     Attributes:
-        registry: folder of snapshots to follow; it may be empty or missing at the start.
+        registry: folder or URL of snapshots to follow; it may be empty or missing at the start.
+        cache: folder for copies of an object store's snapshots; None takes one in the user's cache folder.
         host: address to listen on; the default is reachable from this machine only. Another needs `tls`, or `insecure`.
         port: port to listen on; 0 takes a free one.
         tls: certificate files; None sends everything in the clear.
@@ -82,7 +83,8 @@ class ServerConfig(Config):
         limits: what one call may ask for.
     """
 
-    registry: Path
+    registry: Path | str
+    cache: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     tls: TlsFiles | None = None
@@ -149,7 +151,7 @@ class Server:
         self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
         self._reloader = Reloader(
-            Registry(config.registry),
+            Registry(config.registry, storage_at(config.registry, config.cache)),
             device=config.device,
             poll_seconds=config.poll_seconds,
             on_change=self._announce,

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,25 +10,41 @@ from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import safetensors
 import torch
 from numpy.typing import NDArray
 
+from retrieval import __version__
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from retrieval.encoder.inference import item_vectors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import SnapshotCorruptError
-from retrieval.files import sha256_of
+from retrieval.errors import InputError, SnapshotCorruptError
+from retrieval.files import locked, sha256_of
 from retrieval.index.attributes import Attributes
 from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import read_index, write_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
-from retrieval.snapshot.manifest import MANIFEST, SNAPSHOT_FORMAT, FileEntry, Manifest, read_manifest, verify_files
+from retrieval.snapshot.manifest import (
+    FILES,
+    MANIFEST,
+    SNAPSHOT_FORMAT,
+    FileEntry,
+    GateVerdict,
+    Interval,
+    Manifest,
+    read_manifest,
+    verify_files,
+)
 
 __all__ = ["Snapshot", "open_snapshot", "write_snapshot"]
 
 _VOCABULARY, _INDEX, _REPORT = "vocabulary.arrow", "index.faiss", "report.json"
+
+# How many items are looked up to see whether an index is one of these embeddings, and how deep.
+_PROBES, _PROBE_DEPTH = 64, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,26 +81,46 @@ def write_snapshot(
     spec: IndexSpec,
     ann_recall: float,
     report: Mapping[str, Any],
+    parent: str | None = None,
+    trained_on: Interval | None = None,
+    gates: Sequence[GateVerdict] = (),
 ) -> bytes:
     """Write a snapshot's files to an empty folder; return the manifest's bytes.
 
-    Durability and the version's name are the registry's part.
+    Durability and the version's name are the registry's part. See `Manifest` for what the arguments are.
+
+    Raises:
+        SnapshotCorruptError: encoder, vocabulary and index do not belong together.
     """
+    _check_together(folder, vocabulary, info, index, item_vectors(encoder))
     save_checkpoint(folder, encoder, info)
     vocabulary.save(folder / _VOCABULARY)
     write_index(index, folder / _INDEX)
     (folder / _REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    files = sorted(folder.iterdir())
+    paths = [folder / name for name in FILES]
+    files = {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
     manifest = Manifest(
         format=SNAPSHOT_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files={path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in files},
+        files=files,
+        parent=parent,
+        model=files["encoder.safetensors"].sha256,
         dataset=info.dataset,
+        trained_on=trained_on,
         items=len(vocabulary),
+        vocabulary=vocabulary.fingerprint,
         width=info.encoder.width,
         index=spec,
         ann_recall=ann_recall,
-        tools={"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__},
+        gates=tuple(gates),
+        tools={
+            "retrieval": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "faiss": faiss.__version__,
+            "pyarrow": pa.__version__,
+            "safetensors": safetensors.__version__,
+        },
     )
     content = manifest.model_dump_json(indent=2).encode()
     (folder / MANIFEST).write_bytes(content)
@@ -99,18 +135,23 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         SnapshotCorruptError: a file is missing, foreign or damaged, or the parts do not belong together.
     """
     manifest = read_manifest(folder)
-    verify_files(folder, manifest)
-    encoder, info = load_checkpoint(folder, device)
-    vocabulary = Vocabulary.load(folder / _VOCABULARY)
-    index = read_index(folder / _INDEX, manifest.index)
-    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
-    if set(sizes.values()) != {manifest.items} or {info.encoder.width, index.d} != {manifest.width}:
-        raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
-    for name in ("events", "popularity"):
-        if name not in vocabulary.attributes:
-            raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column {name!r}")
+    # Keeps the folder from being pruned while it is read.
+    with locked(folder / MANIFEST, shared=True):
+        verify_files(folder, manifest)
+        try:
+            encoder, info = load_checkpoint(folder, device)
+            vocabulary = Vocabulary.load(folder / _VOCABULARY)
+            index = read_index(folder / _INDEX, manifest.index)
+        except InputError as error:
+            # Of whoever wrote it; here it is not the user's.
+            raise SnapshotCorruptError(str(error)) from None
+    vectors = item_vectors(encoder)
+    _check_together(folder, vocabulary, info, index, vectors)
+    promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
+    if (len(vocabulary), info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
+        raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
-    backend = FaissBackend(index, item_vectors(encoder), manifest.index)
+    backend = FaissBackend(index, vectors, manifest.index)
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
     return Snapshot(
         version=folder.name,
@@ -121,3 +162,32 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         searcher=Searcher(backend, vocabulary.rank_by_id, attributes=attributes),
         popular=np.lexsort((vocabulary.rank_by_id, -events, -popularity)),
     )
+
+
+def _check_together(
+    folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, index: faiss.Index, vectors: NDArray[np.float32]
+) -> None:
+    """Refuse parts of different snapshots, which sizes alone need not tell.
+
+    An index knows the embeddings that it was built over: its scores of what it finds are then those of the encoder, up
+    to what its codec loses. Over the embeddings of another encoder they have nothing to do with each other.
+
+    Raises:
+        SnapshotCorruptError: the parts do not belong together.
+    """
+    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
+    if len(set(sizes.values())) > 1 or info.encoder.width != index.d:
+        raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
+    for name in ("events", "popularity"):
+        if name not in vocabulary.attributes:
+            raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column {name!r}")
+    if not len(vectors):
+        return
+    rows = np.unique(np.linspace(0, len(vectors) - 1, _PROBES).astype(np.int64))
+    scores, found = index.search(vectors[rows], min(_PROBE_DEPTH, len(vectors)))
+    exact = np.einsum("qd,qkd->qk", vectors[rows], vectors[found])
+    off = float(np.abs(scores - exact)[found >= 0].sum() / np.abs(exact)[found >= 0].sum())
+    if not off < 0.5:
+        raise SnapshotCorruptError(
+            f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
+        )

@@ -222,8 +222,9 @@ def test_weights_follow_ids_and_names_to_their_new_rows(root: Path) -> None:
 
 
 def test_two_rebuilds_at_once_are_one_too_many(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in (root / "work", root / "registry"):
-        with module._alone(folder):
+    registry = Registry(root / "registry")
+    for folder, held in ((root / "work", module._alone(root / "work")), (root / "registry", registry.lease())):
+        with held:
             assert night(root / "log", root) == 2
             assert f"{folder}: another rebuild is at work" in capsys.readouterr().err
     assert night(root / "log", root) == 0

@@ -46,7 +46,7 @@ def service(world: World) -> RetrievalService:
 @pytest.fixture(scope="session")
 def address(world: World) -> Iterator[str]:
     """A server over the world, with stored histories."""
-    with running_server(ServerConfig(registry=world.registry.path, port=0), world.stored) as address:
+    with running_server(ServerConfig(registry=world.registry.location, port=0), world.stored) as address:
         yield address
 
 

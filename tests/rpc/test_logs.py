@@ -19,7 +19,7 @@ STATE, RETRIEVE = (f"/retrieval.v1.RetrievalService/{method}" for method in ("Ge
 @pytest.fixture(scope="module")
 def channel(integer_world: World) -> Iterator[grpc.Channel]:
     with (
-        running_server(ServerConfig(registry=integer_world.registry.path, port=0)) as address,
+        running_server(ServerConfig(registry=integer_world.registry.location, port=0)) as address,
         grpc.insecure_channel(address) as channel,
     ):
         yield channel
@@ -51,7 +51,7 @@ def test_an_id_that_would_disturb_a_log_is_replaced(sent: str) -> None:
 
 
 def test_every_log_line_of_a_call_is_json_with_its_id(integer_world: World) -> None:
-    command = [sys.executable, "-m", "retrieval.cli.main", "serve", str(integer_world.registry.path), "--port", "0"]
+    command = [sys.executable, "-m", "retrieval.cli.main", "serve", str(integer_world.registry.location), "--port", "0"]
     options = ["--log-format", "json", "--log-level", "debug"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -78,7 +78,7 @@ def test_served_calls_move_the_counters(integer_world: World) -> None:
         assert of(after, "snapshot", version=version) == 1
         assert 0 < of(after, "snapshot_age_seconds") < 3600
 
-    serve(ServerConfig(registry=integer_world.registry.path, port=0, metrics_port=0), ask)
+    serve(ServerConfig(registry=integer_world.registry.location, port=0, metrics_port=0), ask)
 
 
 def test_calls_before_the_first_snapshot_are_counted_as_rejections(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_calls_before_the_first_snapshot_are_counted_as_rejections(tmp_path: Pat
 def test_a_taken_metrics_port_is_one_clear_sentence(integer_world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        config = ServerConfig(registry=integer_world.registry.path, port=0, metrics_port=port)
+        config = ServerConfig(registry=integer_world.registry.location, port=0, metrics_port=port)
         with pytest.raises(InputError, match=f"127.0.0.1:{port}: cannot serve metrics there"):
             serve(config, lambda *_: None)
 
@@ -111,4 +111,4 @@ def test_a_deadline_that_passes_is_no_cancellation(integer_world: World, gate: G
         assert of(scrape(metrics), "calls_total", method="Retrieve", code="CANCELLED") == 0
         gate.open.set()
 
-    serve(ServerConfig(registry=integer_world.registry.path, port=0, metrics_port=0), ask)
+    serve(ServerConfig(registry=integer_world.registry.location, port=0, metrics_port=0), ask)

@@ -43,7 +43,7 @@ def test_popular_items_for_a_stranger_are_not_measured(integer_world: World) -> 
 
 def test_a_server_measures_the_share_that_it_is_told_to(integer_world: World) -> None:
     async def run(share: float) -> None:
-        config = ServerConfig(registry=integer_world.registry.path, port=0, metrics_port=0, recall_share=share)
+        config = ServerConfig(registry=integer_world.registry.location, port=0, metrics_port=0, recall_share=share)
         server = Server(config)
         try:
             await server.start()

@@ -27,7 +27,7 @@ MANY = 20_001
 @pytest.fixture(scope="module")
 def bare(integer_world: World) -> Iterator[RetrievalClient]:
     """A client of a server over integer ids without stored histories."""
-    config = ServerConfig(registry=integer_world.registry.path, port=0)
+    config = ServerConfig(registry=integer_world.registry.location, port=0)
     with running_server(config) as address, RetrievalClient(address, timeout=10) as client:
         client.retrieve(History([], []), k=1)
         yield client
@@ -188,14 +188,14 @@ def test_nobody_at_the_address_is_unavailable() -> None:
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(address: str, world: World) -> None:
-    config = ServerConfig(registry=world.registry.path, port=int(address.rpartition(":")[2]))
+    config = ServerConfig(registry=world.registry.location, port=int(address.rpartition(":")[2]))
     with pytest.raises(InputError, match="is the port taken by another server"), running_server(config):
         pass
 
 
 def test_limits_are_configuration(integer_world: World) -> None:
     limits = Limits(max_k=5, max_events=1)
-    config = ServerConfig(registry=integer_world.registry.path, port=0, limits=limits)
+    config = ServerConfig(registry=integer_world.registry.location, port=0, limits=limits)
     with running_server(config) as address, RetrievalClient(address) as client:
         with pytest.raises(InvalidRequestError, match="from 1 to 5"):
             client.retrieve(History([], []), k=6)
@@ -213,7 +213,7 @@ class Broken:
 def test_a_fault_of_the_server_is_logged_there_and_told_in_general_terms(
     integer_world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = ServerConfig(registry=integer_world.registry.path, port=0)
+    config = ServerConfig(registry=integer_world.registry.location, port=0)
     with running_server(config, Broken()) as address, RetrievalClient(address) as client:
         with pytest.raises(
             ServerFaultError, match="INTERNAL: the server failed on this call; its log says why"

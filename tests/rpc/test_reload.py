@@ -35,7 +35,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def config(registry: Registry) -> ServerConfig:
-    return ServerConfig(registry=registry.path, port=0, poll_seconds=POLL)
+    return ServerConfig(registry=registry.location, port=0, poll_seconds=POLL)
 
 
 def version_of(client: RetrievalClient) -> str:
@@ -53,7 +53,7 @@ def test_a_server_that_starts_without_a_snapshot_serves_the_first_that_is_publis
 
 
 def test_the_first_snapshot_is_loaded_before_a_server_says_that_it_is_ready(integer_world: World) -> None:
-    slow_poll = ServerConfig(registry=integer_world.registry.path, port=0, poll_seconds=3600)
+    slow_poll = ServerConfig(registry=integer_world.registry.location, port=0, poll_seconds=3600)
     with running_server(slow_poll) as address, RetrievalClient(address) as client:
         assert client.is_serving()
 
@@ -144,7 +144,7 @@ def test_a_registry_that_disappears_leaves_the_snapshot_live(
 ) -> None:
     version = publish(registry, integer_world.dataset, make_encoder(1))
     with running_server(config(registry)) as address, RetrievalClient(address, timeout=5) as client:
-        registry.path.rename(registry.path.with_name("moved"))
+        Path(registry.location).rename(Path(registry.location).with_name("moved"))
         until(lambda: f"{version} stays live" in caplog.text)
         assert client.retrieve(History([], []), k=1).snapshot_version == version
 

@@ -53,7 +53,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def config(world: World, **options: Any) -> ServerConfig:
-    return ServerConfig(registry=world.registry.path, port=0, **options)
+    return ServerConfig(registry=world.registry.location, port=0, **options)
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 def test_calls_that_wait_past_their_deadline_or_are_cancelled_never_reach_the_encoder(
     integer_world: World, gate: Gate
 ) -> None:
-    config = ServerConfig(registry=integer_world.registry.path, port=0)
+    config = ServerConfig(registry=integer_world.registry.location, port=0)
     history = integer_world.history(9)
     with running_server(config) as address, RetrievalClient(address, timeout=20) as client:
         with ThreadPoolExecutor() as pool, grpc.insecure_channel(address) as channel:
@@ -90,7 +90,7 @@ def test_calls_that_wait_past_their_deadline_or_are_cancelled_never_reach_the_en
 
 
 def test_more_calls_than_the_capacity_are_refused_at_once(integer_world: World, gate: Gate) -> None:
-    config = ServerConfig(registry=integer_world.registry.path, port=0, capacity=5)
+    config = ServerConfig(registry=integer_world.registry.location, port=0, capacity=5)
     history = integer_world.history(9)
     with running_server(config) as address, RetrievalClient(address, timeout=20) as client:
         # Batches have been timed, so that a refusal can tell when to come back.
@@ -134,7 +134,7 @@ class SlowHistories:
 
 def test_a_slow_history_store_holds_up_nobody_else(integer_world: World) -> None:
     store = SlowHistories()
-    config = ServerConfig(registry=integer_world.registry.path, port=0)
+    config = ServerConfig(registry=integer_world.registry.location, port=0)
     with (
         running_server(config, store) as address,
         RetrievalClient(address, timeout=20) as client,
@@ -167,7 +167,7 @@ SERVER = textwrap.dedent("""
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_after_the_calls_in_hand(integer_world: World, number: signal.Signals) -> None:
-    command = [sys.executable, "-c", SERVER, str(integer_world.registry.path)]
+    command = [sys.executable, "-c", SERVER, str(integer_world.registry.location)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -197,7 +197,7 @@ def test_a_signal_while_the_first_snapshot_loads_ends_the_server_in_order(intege
         run_server(ServerConfig(registry=Path(sys.argv[1]), port=0))
         print("ended", flush=True)
     """)
-    command = [sys.executable, "-c", script, str(integer_world.registry.path)]
+    command = [sys.executable, "-c", script, str(integer_world.registry.location)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
@@ -207,7 +207,7 @@ def test_a_signal_while_the_first_snapshot_loads_ends_the_server_in_order(intege
 
 
 def test_health_turns_to_not_serving_before_the_server_goes(integer_world: World) -> None:
-    config = ServerConfig(registry=integer_world.registry.path, port=0, grace_seconds=0.5)
+    config = ServerConfig(registry=integer_world.registry.location, port=0, grace_seconds=0.5)
     seen = []
     with ThreadPoolExecutor() as pool:
         with running_server(config) as address:
@@ -278,7 +278,7 @@ EXPECTED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
 
 @pytest.fixture(scope="module")
 def channel(integer_world: World) -> Iterator[grpc.Channel]:
-    config = ServerConfig(registry=integer_world.registry.path, port=0)
+    config = ServerConfig(registry=integer_world.registry.location, port=0)
     with running_server(config, integer_world.stored) as address, grpc.insecure_channel(address) as channel:
         yield channel
 

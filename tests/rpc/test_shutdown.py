@@ -39,7 +39,7 @@ def process(registry: Path, drain_seconds: float) -> Iterator[tuple[str, "subpro
 
 
 def test_a_server_that_drains_says_so_at_once_and_takes_calls_until_it_goes(integer_world: World) -> None:
-    with process(integer_world.registry.path, 1.5) as (address, running), RetrievalClient(address, 10) as client:
+    with process(integer_world.registry.location, 1.5) as (address, running), RetrievalClient(address, 10) as client:
         assert client.is_serving()
         with grpc.insecure_channel(address) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -60,7 +60,7 @@ def test_a_server_that_drains_says_so_at_once_and_takes_calls_until_it_goes(inte
 
 
 def test_an_open_health_watch_does_not_hold_up_the_end(integer_world: World) -> None:
-    with process(integer_world.registry.path, 0) as (address, running), grpc.insecure_channel(address) as channel:
+    with process(integer_world.registry.location, 0) as (address, running), grpc.insecure_channel(address) as channel:
         watches = [
             health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
             for service in ("", "retrieval.v1.RetrievalService", "unknown")

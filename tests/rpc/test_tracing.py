@@ -35,7 +35,7 @@ def test_a_call_is_a_span_below_its_callers_and_a_health_check_is_none(integer_w
             assert "must be from 1" in refusal.value.details()
 
     async def run() -> None:
-        config = ServerConfig(registry=integer_world.registry.path, port=0)
+        config = ServerConfig(registry=integer_world.registry.location, port=0)
         server = Server(config, interceptors=[tracing_interceptor(provider)])
         try:
             await server.start()

@@ -1,7 +1,6 @@
 """Real snapshots on disk, published, opened, damaged and rolled back."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,46 +9,15 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import torch
 
-from retrieval.data.vocabulary import Vocabulary
-from retrieval.encoder.checkpoint import CheckpointInfo
-from retrieval.encoder.config import HSTUConfig
-from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import item_vectors
-from retrieval.errors import NoSnapshotError, RetrievalError, SnapshotCorruptError, SnapshotError
-from retrieval.index.builder import build_index
-from retrieval.index.spec import IndexSpec
-from retrieval.snapshot.manifest import MANIFEST, version_suffix
+from retrieval.errors import RetrievalError, SnapshotCorruptError, SnapshotError
+from retrieval.files import sha256_of
+from retrieval.snapshot.manifest import MANIFEST, version_name
 from retrieval.snapshot.registry import Registry
-from retrieval.snapshot.store import open_snapshot, write_snapshot
-
-ITEMS = 12
-CONFIG = HSTUConfig(num_items=ITEMS, max_length=6, width=8, qk_dim=8, v_dim=8)
-
-
-def publish(registry: Registry, seed: int = 0) -> str:
-    torch.manual_seed(seed)
-    encoder = HSTUEncoder(CONFIG).eval()
-    ids = pa.array([f"item-{number}" for number in range(ITEMS)])
-    counts = (np.arange(ITEMS) + seed) % 5
-    vocabulary = Vocabulary(ids, {"events": pa.array(counts), "popularity": pa.array(counts.astype(np.float32))})
-
-    def write(folder: Path) -> bytes:
-        return write_snapshot(
-            folder,
-            encoder=encoder,
-            info=CheckpointInfo(encoder=CONFIG, actions=("",), dataset="d", split={}, training={}),
-            vocabulary=vocabulary,
-            index=build_index(item_vectors(encoder), IndexSpec()),
-            spec=IndexSpec(),
-            ann_recall=1.0,
-            report={"seed": seed},
-        )
-
-    return registry.publish(write)
+from retrieval.snapshot.store import open_snapshot
+from tests.snapshot.make import ITEMS, publish, writer
 
 
 @pytest.fixture
@@ -68,51 +36,34 @@ def test_a_published_snapshot_opens_and_answers(registry: Registry) -> None:
     assert snapshot.version == registry.current()
 
 
-def test_versions_grow_and_the_newest_is_live(registry: Registry) -> None:
-    second = publish(registry, seed=1)
-    assert [version[:7] for version in registry.versions()] == ["000001-", "000002-"]
-    assert registry.current() == second
-
-
-def test_rolling_back_names_the_version_before(registry: Registry) -> None:
+def test_the_manifest_says_what_was_published(registry: Registry) -> None:
     first = registry.current()
-    publish(registry, seed=1)
-    registry.activate(registry.previous())
-    assert registry.current() == first
-    with pytest.raises(SnapshotError, match="no version before"):
-        registry.previous()
+    second = registry.publish(writer(1, parent=first))
+    manifest = registry.manifest(second)
+    assert manifest.parent == first
+    assert manifest.items == ITEMS
+    assert manifest.model == manifest.files["encoder.safetensors"].sha256 != registry.manifest(first).model
+    assert manifest.vocabulary == registry.manifest(first).vocabulary
+    assert manifest.trained_on is not None
+    assert manifest.trained_on.last - manifest.trained_on.first == 86_400
+    assert [gate.gate for gate in manifest.gates] == ["ann-recall"]
+    assert {"retrieval", "python", "torch", "faiss", "pyarrow", "safetensors"} == set(manifest.tools)
 
 
-def test_a_version_after_a_rollback_does_not_reuse_a_name(registry: Registry) -> None:
-    publish(registry, seed=1)
-    registry.activate(registry.previous())
-    assert publish(registry, seed=2).startswith("000003-")
+def test_an_index_over_another_encoders_items_is_not_published(registry: Registry) -> None:
+    with pytest.raises(SnapshotCorruptError, match="encoder and index do not belong together"):
+        registry.publish(writer(1, index_of=2))
+    assert len(registry.versions()) == 1
 
 
-def test_an_empty_registry_says_so(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "none")
-    assert registry.versions() == []
-    with pytest.raises(NoSnapshotError, match="holds no live snapshot yet"):
-        registry.current()
-
-
-@pytest.mark.parametrize("version", ["../registry", "000009-000000000000", "CURRENT", ""])
-def test_a_version_that_is_not_there_is_never_opened(registry: Registry, version: str) -> None:
-    with pytest.raises(SnapshotError, match="has no version"):
-        registry.folder(version)
-
-
-def test_a_write_that_fails_changes_nothing(registry: Registry) -> None:
-    live, entries = registry.current(), sorted(os.listdir(registry.path))
-
-    def fails(folder: Path) -> bytes:
-        (folder / "encoder.json").write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        registry.publish(fails)
-    assert registry.current() == live
-    assert sorted(os.listdir(registry.path)) == entries
+def test_an_index_of_another_night_is_refused_even_where_the_checksums_were_made_to_agree(registry: Registry) -> None:
+    first = registry.folder(registry.current())
+    second = registry.folder(publish(registry, seed=1))
+    shutil.copy(first / "index.faiss", second / "index.faiss")
+    files = json.loads((second / MANIFEST).read_text())["files"]
+    files["index.faiss"]["sha256"] = sha256_of(second / "index.faiss")
+    with pytest.raises(SnapshotCorruptError, match="encoder and index do not belong together"):
+        open_snapshot(rewrite_manifest(second, files=files))
 
 
 FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow", MANIFEST)
@@ -178,17 +129,23 @@ def rewrite_manifest(folder: Path, **changes: object) -> Path:
     values = json.loads((folder / MANIFEST).read_text()) | changes
     content = json.dumps(values).encode()
     (folder / MANIFEST).write_bytes(content)
-    return folder.rename(folder.with_name(f"{folder.name[:7]}{version_suffix(content)}"))
+    return folder.rename(folder.with_name(version_name(1, content)))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 2}, "format 2 is not the format 1"),
-        ({"items": 13}, "do not belong together"),
-        ({"width": 9}, "do not belong together"),
+        ({"format": 3}, "format 3 is newer than the format 2 that this version reads; upgrade it"),
+        ({"format": 1}, "format 1 is not the format 2"),
+        ({"format": None}, "format None is not the format 2"),
+        ({"items": 13}, "are not those of the manifest"),
+        ({"width": 9}, "are not those of the manifest"),
+        ({"model": "0" * 64}, "are not those of the manifest"),
+        ({"vocabulary": "0" * 64}, "are not those of the manifest"),
         ({"surprise": 1}, "surprise"),
-        ({"files": {}}, "does not belong to the snapshot"),
+        ({"parent": "../000001-000000000000"}, "parent"),
+        ({"files": {}}, "files: must be encoder.json, .* not none"),
+        ({"files": {"../CURRENT": {"bytes": 1, "sha256": "0" * 64}}}, r"not \.\./CURRENT"),
     ],
 )
 def test_a_manifest_that_cannot_be_honoured_is_refused(
@@ -206,7 +163,7 @@ def test_publishing_killed_at_any_moment_leaves_the_live_snapshot_whole(registry
         import os, signal, sys
         from pathlib import Path
         from retrieval.snapshot.registry import Registry
-        from tests.snapshot.test_snapshot import publish
+        from tests.snapshot.make import publish
         left = int(sys.argv[1])
         def die(event, arguments):
             global left
@@ -215,7 +172,7 @@ def test_publishing_killed_at_any_moment_leaves_the_live_snapshot_whole(registry
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(die)
-        publish(Registry(Path({str(registry.path)!r})), seed=5)
+        publish(Registry(Path({str(registry.location)!r})), seed=5)
         print("published")
     """)
     killed = 0
