@@ -1,13 +1,15 @@
 """Stores of users' events: LMDB against SQLite, and Redis, behind the same histories.
 
-Each engine is filled with the same users, read at random and appended to durably, alone and by many at once. Figures
-are kept only after what was read back was compared with what was written.
+Each engine is filled with the same users, then by turns read at random and
+appended to durably, alone and by many at once. Figures
+are medians of the turns, kept only after what was read back was compared with what was written.
 
 Usage: python -m benchmarks.histories [--users 1000000] [--redis URL] [--folder DIR]
 """
 
 import argparse
 import functools
+import math
 import sqlite3
 import tempfile
 import threading
@@ -26,9 +28,9 @@ from benchmarks.harness import WrongAnswerError, append_rows, environment
 from retrieval.histories.blobs import Blobs, Change
 from retrieval.histories.codec import Columns
 from retrieval.histories.embedded import EmbeddedBlobs
+from retrieval.histories.event import Event
 from retrieval.histories.recorded import RecordedHistories
 from retrieval.histories.shared import SharedBlobs
-from retrieval.histories.store import UserEvent
 
 RESULTS = Path(__file__).parent / "results" / "histories.csv"
 _MEAN_EVENTS = 50
@@ -36,7 +38,8 @@ _MAX_EVENTS = 1000
 _CHUNK = 1024
 _NOW = 1_800_000_000
 _OUTSTANDING = 256
-_SECONDS = 10.0
+_SECONDS = 5.0
+_ROUNDS = 5
 
 
 class SqliteBlobs:
@@ -59,10 +62,12 @@ class SqliteBlobs:
         return found
 
     def get(self, key: bytes) -> bytes | None:
+        """See `Blobs`."""
         row = self._connection().execute("SELECT content FROM blobs WHERE key = ?", (key,)).fetchone()
         return row[0] if row else None
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
+        """See `Blobs`. One transaction."""
         connection = self._connection()
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -77,6 +82,7 @@ class SqliteBlobs:
         connection.execute("COMMIT")
 
     def close(self) -> None:
+        """See `Blobs`."""
         self._connection().close()
 
 
@@ -88,13 +94,16 @@ class Counting:
     writes: int = 0
 
     def get(self, key: bytes) -> bytes | None:
+        """See `Blobs`."""
         return self.blobs.get(key)
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
+        """See `Blobs`."""
         self.writes += 1
         self.blobs.update(keys, change)
 
     def close(self) -> None:
+        """See `Blobs`."""
         self.blobs.close()
 
 
@@ -144,14 +153,14 @@ def _read(store: RecordedHistories, users: NDArray[np.int64]) -> tuple[float, fl
     return float(p50), float(p99)
 
 
-def _events(users: NDArray[np.int64]) -> Iterator[UserEvent]:
+def _events(users: NDArray[np.int64]) -> Iterator[Event]:
     for place, user in enumerate(users.tolist()):
-        yield UserEvent(
+        yield Event(
             user_id=user, item_id=place, timestamp=_NOW, action="view", event_id=f"00000000-0000-0000-0000-{place:012}"
         )
 
 
-def _append_alone(store: RecordedHistories, events: Iterator[UserEvent]) -> tuple[float, float]:
+def _append_alone(store: RecordedHistories, events: Iterator[Event]) -> tuple[float, float]:
     """Median and 99th percentile of milliseconds of appends one after the other."""
     taken = []
     end = time.perf_counter() + _SECONDS / 2
@@ -163,8 +172,8 @@ def _append_alone(store: RecordedHistories, events: Iterator[UserEvent]) -> tupl
     return float(p50), float(p99)
 
 
-def _append_together(store: RecordedHistories, events: Iterator[UserEvent]) -> tuple[float, float]:
-    """Events per second with many appends of one event outstanding, and the median milliseconds until one is durable."""
+def _append_together(store: RecordedHistories, events: Iterator[Event]) -> tuple[float, float]:
+    """Events per second with many appends of one event outstanding, and the median milliseconds of one."""
     outstanding: deque[tuple[float, Future[None]]] = deque()
     taken = []
     begun = time.perf_counter()
@@ -180,49 +189,62 @@ def _append_together(store: RecordedHistories, events: Iterator[UserEvent]) -> t
     return (len(taken) + len(outstanding)) / seconds, float(np.median(taken)) * 1e3
 
 
-def measure(name: str, open_blobs: Callable[[], Blobs], users: int, size: Callable[[], int]) -> dict[str, object]:
-    """Fill, read, append, check; one row of the table."""
-    rng = np.random.default_rng(0)
-    store = RecordedHistories(open_blobs(), _MAX_EVENTS)
-    events = seconds = 0.0
-    for chunk in range(users // _CHUNK):
-        histories = _users(chunk)
-        events += sum(len(columns.timestamps) for columns in histories.values())
-        begun = time.perf_counter()
-        store.fill(histories)
-        seconds += time.perf_counter() - begun
-    anonymous, gbytes = _anonymous_mbytes(), size() / 1e9
-    store.close()
-    counting = Counting(open_blobs())
-    store = RecordedHistories(counting)
-    users = users // _CHUNK * _CHUNK
-    sample = rng.integers(0, users, 50_000)
-    _check(store, sample[:200].tolist())
-    read_p50, read_p99 = _read(store, sample)
-    fresh = _events(rng.integers(0, users, 10_000_000))
-    alone_p50, alone_p99 = _append_alone(store, fresh)
-    counting.writes = 0
-    rate, together_p50 = _append_together(store, fresh)
-    row = {
-        "store": name,
-        "users": users,
-        "events": int(events),
-        "fill_seconds": seconds,
-        "gbytes": gbytes,
-        "anonymous_mbytes": anonymous,
-        "read_p50_us": read_p50,
-        "read_p99_us": read_p99,
-        "append_alone_p50_ms": alone_p50,
-        "append_alone_p99_ms": alone_p99,
-        "append_256_per_second": rate,
-        "append_256_p50_ms": together_p50,
-        "appends_per_write": rate * _SECONDS / counting.writes,
-    }
-    store.close()
-    store = RecordedHistories(open_blobs())
-    _check(store, sample[:200].tolist())
-    store.close()
-    return row
+class Measured:
+    """A store that is filled, then measured in rounds."""
+
+    def __init__(self, name: str, open_blobs: Callable[[], Blobs], users: int, folder: Path) -> None:
+        self._open_blobs, self._users = open_blobs, users // _CHUNK * _CHUNK
+        rng = np.random.default_rng(0)
+        self._sample = rng.integers(0, self._users, 20_000)
+        self._fresh = _events(rng.integers(0, self._users, 10_000_000))
+        store = RecordedHistories(open_blobs(), _MAX_EVENTS)
+        events, seconds = 0, 0.0
+        for chunk in range(users // _CHUNK):
+            histories = _users(chunk)
+            events += sum(len(columns.timestamps) for columns in histories.values())
+            begun = time.perf_counter()
+            store.fill(histories)
+            seconds += time.perf_counter() - begun
+        self._filled = {
+            "store": name,
+            "users": self._users,
+            "events": events,
+            "fill_seconds": seconds,
+            "gbytes": sum(path.stat().st_blocks * 512 for path in (folder / name).glob("*")) / 1e9 or math.nan,
+            "anonymous_mbytes": _anonymous_mbytes(),
+        }
+        store.close()
+        self._counting = Counting(open_blobs())
+        self._store = RecordedHistories(self._counting)
+        _check(self._store, self._sample[:200].tolist())
+        _read(self._store, self._sample)
+        self._rounds: list[dict[str, float]] = []
+
+    def round(self) -> None:
+        """Read and append once more."""
+        read_p50, read_p99 = _read(self._store, self._sample)
+        alone_p50, alone_p99 = _append_alone(self._store, self._fresh)
+        self._counting.writes = 0
+        rate, together_p50 = _append_together(self._store, self._fresh)
+        self._rounds.append(
+            {
+                "read_p50_us": read_p50,
+                "read_p99_us": read_p99,
+                "append_alone_p50_ms": alone_p50,
+                "append_alone_p99_ms": alone_p99,
+                "append_256_per_second": rate,
+                "append_256_p50_ms": together_p50,
+                "appends_per_write": rate * _SECONDS / self._counting.writes,
+            }
+        )
+
+    def row(self) -> dict[str, object]:
+        """Medians of the rounds, once the store has been opened again and checked."""
+        self._store.close()
+        store = RecordedHistories(self._open_blobs())
+        _check(store, self._sample[:200].tolist())
+        store.close()
+        return self._filled | {name: float(np.median([one[name] for one in self._rounds])) for name in self._rounds[0]}
 
 
 def main() -> None:
@@ -231,25 +253,24 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--redis", metavar="URL", help="an empty database of a Redis that is durable at every write")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary folder)")
-    parser.add_argument("--stores", default="lmdb,sqlite", help="comma list (default: lmdb,sqlite)")
     parsed = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
+        folder = Path(name)
         engines: dict[str, Callable[[], Blobs]] = {
-            "lmdb": lambda: EmbeddedBlobs(Path(folder) / "lmdb"),
-            "sqlite": lambda: SqliteBlobs(Path(folder) / "sqlite"),
+            "lmdb": lambda: EmbeddedBlobs(folder / "lmdb"),
+            "sqlite": lambda: SqliteBlobs(folder / "sqlite"),
         }
         if parsed.redis:
             engines["redis"] = lambda: SharedBlobs(parsed.redis)
-        for name in [*parsed.stores.split(","), *(["redis"] if parsed.redis else [])]:
-
-            def size(name: str = name) -> int:
-                return sum(path.stat().st_blocks * 512 for path in (Path(folder) / name).glob("*"))
-
-            row = measure(name, engines[name], parsed.users, size)
-            print(
-                {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True
-            )
-            append_rows(RESULTS, [row | environment(torch.device("cpu"))])
+        measured = [Measured(name, open_blobs, parsed.users, folder) for name, open_blobs in engines.items()]
+        # By turns: what the disk does for others must not meet one of them alone.
+        for _ in range(_ROUNDS):
+            for one in measured:
+                one.round()
+        rows = [one.row() for one in measured]
+    for row in rows:
+        print(*(f"{key}={value}" for key, value in row.items()), flush=True)
+    append_rows(RESULTS, [row | environment(torch.device("cpu")) for row in rows])
 
 
 if __name__ == "__main__":

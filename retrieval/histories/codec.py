@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from retrieval.errors import HistoryCorruptError
 from retrieval.histories.store import StoredHistory
 
-__all__ = ["NO_EVENT_ID", "Columns", "Entry", "decode", "encode", "event_digest", "history_of", "merged"]
+__all__ = ["NO_EVENT_ID", "Columns", "Entry", "decode", "encode", "event_digest", "history_of", "joined", "merged"]
 
 NO_EVENT_ID = 0
 """Digest of an event that has no id."""
@@ -139,6 +139,45 @@ def history_of(columns: Columns) -> StoredHistory:
     )
 
 
+class _Events:
+    """A user's events as lists, to be added to."""
+
+    def __init__(self) -> None:
+        self.timestamps: list[int] = []
+        self.items: list[int | str] = []
+        self.actions: list[str] = []
+        self.digests: list[int] = []
+        self._lists: tuple[list, ...] = (self.timestamps, self.items, self.actions, self.digests)
+
+    def extend(self, items: Sequence[int | str] | NDArray, actions: Sequence[str], timestamps: NDArray) -> None:
+        """Take over events that are in order and without repeats."""
+        self.items += items.tolist() if isinstance(items, np.ndarray) else items
+        self.actions += actions
+        self.timestamps += timestamps.tolist()
+
+    def add(self, item: int | str, action: str, timestamp: int, digest: int) -> None:
+        """Put one more event in its place, unless it is a repeat."""
+        if self.items and isinstance(self.items[0], str) != isinstance(item, str):
+            for values in self._lists:
+                values.clear()
+        if digest != NO_EVENT_ID and digest in self.digests:
+            return
+        place = bisect_right(self.timestamps, timestamp)
+        if any(
+            NO_EVENT_ID in (digest, self.digests[other]) and self.items[other] == item and self.actions[other] == action
+            for other in range(bisect_left(self.timestamps, timestamp), place)
+        ):
+            return
+        for values, value in zip(self._lists, (timestamp, item, action, digest), strict=True):
+            values.insert(place, value)
+
+    def drop_one(self) -> None:
+        """Drop the oldest; among several, the one that was recorded last."""
+        place = bisect_right(self.timestamps, self.timestamps[0]) - 1
+        for values in self._lists:
+            del values[place]
+
+
 def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> bytes:
     """Record events in a history.
 
@@ -156,43 +195,45 @@ def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> 
     Raises:
         HistoryCorruptError: the bytes are no history.
     """
-    timestamps: list[int] = []
-    items: list[int | str] = []
-    actions: list[str] = []
-    digests: list[int] = []
+    events = _Events()
     if content is not None:
         held = decode(content)
-        timestamps, digests = held.timestamps.tolist(), held.digests.tolist()
-        items = list(held.items) if isinstance(held.items, list) else held.items.tolist()
-        actions = [held.names[code] for code in held.codes.tolist()]
-    lists: tuple[list, ...] = (timestamps, items, actions, digests)
-    for item, action, timestamp, digest in entries:
-        if items and isinstance(items[0], str) != isinstance(item, str):
-            for values in lists:
-                values.clear()
-        if digest != NO_EVENT_ID and digest in digests:
-            continue
-        place = bisect_right(timestamps, timestamp)
-        if any(
-            NO_EVENT_ID in (digest, digests[other]) and items[other] == item and actions[other] == action
-            for other in range(bisect_left(timestamps, timestamp), place)
-        ):
-            continue
-        for values, value in zip(lists, (timestamp, item, action, digest), strict=True):
-            values.insert(place, value)
-        if len(timestamps) > max_events:
-            latest_of_the_oldest = bisect_right(timestamps, timestamps[0]) - 1
-            for values in lists:
-                del values[latest_of_the_oldest]
-    return encode(_columns(timestamps, items, actions, digests))
+        events.extend(held.items, [held.names[code] for code in held.codes.tolist()], held.timestamps)
+        events.digests += held.digests.tolist()
+    for entry in entries:
+        events.add(*entry)
+        if len(events.items) > max_events:
+            events.drop_one()
+    codes = {name: code for code, name in enumerate(dict.fromkeys(events.actions))}
+    strings = bool(events.items) and isinstance(events.items[0], str)
+    return encode(
+        Columns(
+            timestamps=np.array(events.timestamps, np.int64),
+            items=[str(item) for item in events.items] if strings else np.array(events.items, np.int64),
+            names=list(codes),
+            codes=np.fromiter((codes[name] for name in events.actions), np.uint16, len(events.actions)),
+            digests=np.array(events.digests, np.uint64),
+        )
+    )
 
 
-def _columns(timestamps: list[int], items: list, actions: Sequence[str], digests: list[int]) -> Columns:
-    codes = {name: code for code, name in enumerate(dict.fromkeys(actions))}
-    return Columns(
-        timestamps=np.array(timestamps, np.int64),
-        items=items if items and isinstance(items[0], str) else np.array(items, np.int64),
-        names=list(codes),
-        codes=np.fromiter((codes[name] for name in actions), np.uint16, len(actions)),
-        digests=np.array(digests, np.uint64),
+def joined(stored: StoredHistory | None, fresh: StoredHistory) -> StoredHistory:
+    """A history with events that may not be in it yet, by the rules of `merged` for events without an id.
+
+    Args:
+        stored: the history; None for a user that is not known.
+        fresh: the events, as many actions as items.
+    """
+    if stored is None:
+        return fresh
+    events = _Events()
+    events.extend(stored.items, stored.actions, stored.timestamps)
+    events.digests += [NO_EVENT_ID] * len(events.items)
+    items = fresh.items.tolist() if isinstance(fresh.items, np.ndarray) else fresh.items
+    for item, action, timestamp in zip(items, fresh.actions, fresh.timestamps.tolist(), strict=True):
+        events.add(item, action, timestamp, NO_EVENT_ID)
+    return StoredHistory(
+        items=events.items,  # type: ignore[arg-type]
+        actions=events.actions,
+        timestamps=np.array(events.timestamps, np.int64),
     )

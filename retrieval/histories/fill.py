@@ -45,7 +45,7 @@ def fill_histories(
             used, codes = np.unique(actions[first:last], return_inverse=True)
             histories[user] = Columns(
                 timestamps=timestamps[first:last],
-                items=list(items[first:last]) if integers is None else integers[first:last],
+                items=[str(item) for item in items[first:last]] if integers is None else integers[first:last],
                 names=names[used].tolist(),
                 codes=codes.astype(np.uint16),
                 digests=np.zeros(last - first, np.uint64),

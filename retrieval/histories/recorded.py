@@ -10,7 +10,8 @@ from retrieval.errors import InputError
 from retrieval.histories.blobs import Blobs
 from retrieval.histories.codec import Columns, Entry, decode, encode, event_digest, history_of, merged
 from retrieval.histories.commit import GroupCommit
-from retrieval.histories.store import StoredHistory, UserEvent
+from retrieval.histories.event import Event
+from retrieval.histories.store import StoredHistory
 
 __all__ = ["MAX_EVENTS", "MAX_ID_BYTES", "RecordedHistories", "open_histories"]
 
@@ -92,11 +93,11 @@ class RecordedHistories:
         content = self._blobs.get(key) if key is not None else None
         return history_of(decode(content)) if content is not None else None
 
-    def append(self, events: Sequence[UserEvent]) -> "Future[None]":
+    def append(self, events: Sequence[Event]) -> "Future[None]":
         """See `HistoryStore`."""
         return self._commit.submit(events)
 
-    def _record(self, events: Sequence[UserEvent]) -> None:
+    def _record(self, events: Sequence[Event]) -> None:
         entries: dict[bytes, list[Entry]] = {}
         for event in events:
             key = _key(event.user_id)

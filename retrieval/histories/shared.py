@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import redis
 
@@ -81,7 +82,7 @@ class SharedBlobs:
     def get(self, key: bytes) -> bytes | None:
         """See `Blobs`."""
         with self._told():
-            content: bytes | None = self._redis.get(_PREFIX + key)
+            content: Any = self._redis.get(_PREFIX + key)
         return content
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
@@ -96,7 +97,7 @@ class SharedBlobs:
 
     def _round(self, keys: list[bytes], change: Change) -> list[bytes]:
         """Two round trips; gives the keys that somebody else wrote between them."""
-        contents = self._redis.mget([_PREFIX + key for key in keys])
+        contents: list[Any] = self._redis.mget([_PREFIX + key for key in keys])
         tried: list[bytes] = []
         with self._redis.pipeline(transaction=False) as pipeline:
             for key, held in zip(keys, contents, strict=True):

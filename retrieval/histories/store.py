@@ -8,7 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HistoryStore", "StoredHistory", "UserEvent"]
+from retrieval.histories.event import Event
+
+__all__ = ["HistoryStore", "StoredHistory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,25 +28,6 @@ class StoredHistory:
     timestamps: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserEvent:
-    """One event to be recorded.
-
-    Attributes:
-        user_id: whose; an integer of 64 bits, or text of at most `MAX_ID_BYTES` in UTF-8.
-        item_id: on which item; likewise.
-        timestamp: seconds since 1970 (UTC).
-        action: what was done, by name; "" if that is not known.
-        event_id: by which a repeat is recognised, unique among the user's events. Where "", by item, action and time.
-    """
-
-    user_id: int | str
-    item_id: int | str
-    timestamp: int
-    action: str = ""
-    event_id: str = ""
-
-
 class HistoryStore(Protocol):
     """Stored histories by user id. Implementations are asked from several threads at once."""
 
@@ -56,7 +39,7 @@ class HistoryStore(Protocol):
         """
         ...
 
-    def append(self, events: Sequence[UserEvent]) -> "Future[None]":
+    def append(self, events: Sequence[Event]) -> "Future[None]":
         """Record events; does not block. Appending an event again changes nothing.
 
         Returns:
