@@ -84,7 +84,7 @@ def _show(parsed: argparse.Namespace) -> None:
 
 
 def _plain(item: object) -> int | str:
-    return item if isinstance(item, str) else int(item)  # type: ignore[call-overload,no-any-return]
+    return item if isinstance(item, str) else int(item)  # type: ignore[call-overload]
 
 
 def _record(parsed: argparse.Namespace) -> None:

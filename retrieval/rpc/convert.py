@@ -297,14 +297,11 @@ def record_request_to(request: RecordRequest) -> pb.RecordEventsRequest:
         part, field = message.events.add(), f"events[{place}]"
         _id_to(part.user_id, event.user_id, f"{field}.user_id")
         _id_to(part.item_id, event.item_id, f"{field}.item_id")
-        try:
-            part.action, part.event_id = event.action, event.event_id
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(field, f"action and event_id must be text ({error})") from None
-        try:
-            part.timestamp = event.timestamp
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(f"{field}.timestamp", f"must be an integer, in seconds ({error})") from None
+        for name, kind in (("action", "text"), ("timestamp", "an integer, in seconds"), ("event_id", "text")):
+            try:
+                setattr(part, name, getattr(event, name))
+            except (TypeError, ValueError) as error:
+                raise InvalidRequestError(f"{field}.{name}", f"must be {kind} ({error})") from None
     return message
 
 
