@@ -9,6 +9,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FilterError",
+    "HistoryCorruptError",
+    "HistoryStoreError",
     "InputError",
     "InvalidRequestError",
     "NoSnapshotError",
@@ -80,6 +82,14 @@ class InvalidRequestError(InputError):
 
 class UnknownUserError(InputError):
     """A request names a user of whom no history is stored."""
+
+
+class HistoryStoreError(RetrievalError):
+    """The store of users' histories cannot be read or written; trying again later may help."""
+
+
+class HistoryCorruptError(RetrievalError):
+    """What is stored of a user is not a history."""
 
 
 class SnapshotError(RetrievalError):

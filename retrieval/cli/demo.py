@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from retrieval.errors import InputError, RetrievalError
 if TYPE_CHECKING:
     from retrieval.data.dataset import Dataset
     from retrieval.evaluation.offline import Report
+    from retrieval.histories.recorded import RecordedHistories
     from retrieval.histories.store import StoredHistory
     from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
@@ -98,8 +99,8 @@ def run(parsed: argparse.Namespace) -> None:
     _stage(4, "build the index, publish a snapshot")
     version = _publish(data.dataset, report, spec, out)
     _stage(5, "serve it, and ask over the socket")
-    with _server(out, device) as address:
-        answers = _ask(address, data.dataset)
+    with closing(_filled_histories(data.dataset, out)) as histories, _server(out, device) as address:
+        answers = _ask(address, data.dataset, histories)
     _print_report(data, report, version, answers, out)
     OUT.print(f"Done in {time.monotonic() - started:.0f} s.")
 
@@ -151,11 +152,20 @@ def _publish(dataset: "Dataset", report: "Report", spec: "IndexSpec | AutoIndex"
     return publish_snapshot(dataset, out / "run", Registry(out / "registry"), spec, report.model_dump(mode="json"))
 
 
+def _filled_histories(dataset: "Dataset", out: Path) -> "RecordedHistories":
+    from retrieval.histories.fill import fill_histories
+    from retrieval.histories.recorded import open_histories
+
+    store = open_histories(str(out / "histories"))
+    fill_histories(dataset, store)
+    return store
+
+
 @contextmanager
 def _server(out: Path, device: str) -> Iterator[str]:
     """`retrieval serve` in a process of its own, on a free port; gives its address."""
     command = [sys.executable, "-m", "retrieval.cli.main", "serve", str(out / "registry"), "--port", "0"]
-    command += ["--histories", str(out / "dataset"), "--device", device]
+    command += ["--histories", str(out / "histories"), "--device", device]
     log_file = out / "server.log"
     with (
         log_file.open("w", encoding="utf-8") as log,
@@ -183,21 +193,19 @@ class _Answered:
     milliseconds: float
 
 
-def _ask(address: str, dataset: "Dataset") -> list[_Answered]:
+def _ask(address: str, dataset: "Dataset", histories: "RecordedHistories") -> list[_Answered]:
     """Ask for two users with histories of ordinary length, as of a minute after their last event."""
     import numpy as np
 
-    from retrieval.histories.dataset import DatasetHistories
     from retrieval.rpc.client import RetrievalClient, StoredUser
 
     lengths = np.diff(dataset.offsets)
     ordinary = np.argsort(np.abs(lengths - np.median(lengths)), kind="stable")[:2]
-    histories = DatasetHistories(dataset.path)
     answered = []
     with RetrievalClient(address, timeout=10.0) as client:
         client.wait_until_serving(30.0)
         for user in (dataset.user_ids[int(index)].as_py() for index in ordinary):
-            history = histories.get(user)
+            history = histories.read(user)
             assert history is not None
             started = time.perf_counter()
             answer = client.retrieve(
@@ -228,9 +236,10 @@ def _print_report(data: _Input, report: "Report", version: str, answers: list[_A
         ("dataset", "events by user and time"),
         ("run", "encoder, report.json, recall.png, TensorBoard log"),
         ("registry", "snapshots; CURRENT names the live one"),
+        ("histories", "users' last events, which RecordEvents adds to"),
     ):
         OUT.print(f"  {out / name}  {text}")
-    serve = f"retrieval serve {out / 'registry'} --histories {out / 'dataset'}"
+    serve = f"retrieval serve {out / 'registry'} --histories {out / 'histories'}"
     OUT.print(f"Serve it again: {serve}\nand ask: retrieval query --user {answers[0].user} -k 20")
 
 

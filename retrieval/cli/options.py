@@ -1,6 +1,8 @@
 """Options that several commands share, and what they mean."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +10,7 @@ from retrieval.encoder.presets import PRESETS
 from retrieval.errors import InputError
 
 if TYPE_CHECKING:
+    from retrieval.histories.recorded import RecordedHistories
     from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
     from retrieval.training.config import TrainConfig
@@ -15,10 +18,12 @@ if TYPE_CHECKING:
 __all__ = [
     "REGISTRY_HELP",
     "add_device_option",
+    "add_histories_option",
     "add_index_options",
     "add_json_option",
     "add_training_options",
     "index_spec",
+    "opened_histories",
     "pick_device",
     "train_config",
 ]
@@ -35,6 +40,29 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def add_histories_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--histories`."""
+    parser.add_argument(
+        "--histories", metavar="STORE", help=f"{text}: a folder, made if it is missing, or redis://HOST:PORT/DATABASE"
+    )
+
+
+@contextmanager
+def opened_histories(place: str | None, max_events: int | None = None) -> "Iterator[RecordedHistories | None]":
+    """Open a store of histories while the block runs; None where no place is named.
+
+    Raises:
+        InputError, HistoryStoreError: as `open_histories`.
+    """
+    if place is None:
+        yield None
+        return
+    from retrieval.histories.recorded import open_histories
+
+    with closing(open_histories(place, max_events)) as store:
+        yield store
 
 
 def pick_device(name: str) -> str:

@@ -27,12 +27,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="ask a running server for candidates",
         description="Ask a running server for the best items of a stored user or of a history.",
     )
-    user = parser.add_mutually_exclusive_group(required=True)
-    user.add_argument("--user", metavar="ID", help="a user of the server's stored histories")
-    user.add_argument(
+    parser.add_argument("--user", metavar="ID", help="a user of the server's stored histories")
+    parser.add_argument(
         "--history",
         metavar="FILE",
-        help='events, oldest first, as JSON lines: {"item": ID, "timestamp": SECONDS, "action": NAME}; - for stdin',
+        help='events, oldest first, as JSON lines: {"item": ID, "timestamp": SECONDS, "action": NAME}; - for stdin; '
+        "with --user they are added to the stored ones for this call",
     )
     parser.add_argument("-k", type=int, default=20, help="how many items (default: 20)")
     parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="default: localhost:50051")
@@ -49,6 +49,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Ask and print."""
     from retrieval.rpc.client import RetrievalClient
 
+    if parsed.user is None and parsed.history is None:
+        raise InputError("query: for whom? Give --user, --history or both")
     with RetrievalClient(parsed.address, timeout=parsed.timeout) as client:
         excluded = [text for text in parsed.exclude.split(",") if text]
         exclude = excluded if client.serving_state().string_ids else [_integer("--exclude", text) for text in excluded]
@@ -64,7 +66,12 @@ def run(parsed: argparse.Namespace) -> None:
                 filter=parsed.filter,
             )
 
-        answer = _ask_for_user(ask, parsed.user) if parsed.user is not None else ask(_read_history(parsed.history))
+        history = _read_history(parsed.history) if parsed.history is not None else None
+        if parsed.user is not None:
+            answer = _ask_for_user(ask, parsed.user, history)
+        else:
+            assert history is not None
+            answer = ask(history)
     if parsed.json:
         print(json.dumps(asdict(answer) | {"source": answer.source.value}))
         return
@@ -95,19 +102,21 @@ def _integer(option: str, text: str) -> int:
         raise InputError(f"{option}: {text!r} is not an integer, but the catalogue's item ids are") from None
 
 
-def _ask_for_user(ask: "Callable[[History | StoredUser], Retrieved]", text: str) -> "Retrieved":
+def _ask_for_user(
+    ask: "Callable[[History | StoredUser], Retrieved]", text: str, fresh: "History | None"
+) -> "Retrieved":
     """A command line cannot tell the id 7 from the id "7": try both kinds."""
     from retrieval.rpc.client import StoredUser
 
-    try:
-        if text == str(int(text)):
-            try:
-                return ask(StoredUser(int(text)))
-            except UnknownUserError:
-                pass
-    except ValueError:
-        pass
-    return ask(StoredUser(text))
+    integer = text.removeprefix("-").isdecimal() and str(int(text)) == text
+    ids: list[int | str] = [int(text), text] if integer else [text]
+    for user in ids:
+        try:
+            answer = ask(StoredUser(user))
+        except UnknownUserError:
+            continue
+        return answer if fresh is None else ask(StoredUser(user, fresh))
+    return ask(StoredUser(ids[-1], fresh))
 
 
 def _read_history(name: str) -> "History":

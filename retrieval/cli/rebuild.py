@@ -12,10 +12,12 @@ from retrieval.cli.ingest import add_event_options, ingest_with_progress
 from retrieval.cli.options import (
     REGISTRY_HELP,
     add_device_option,
+    add_histories_option,
     add_index_options,
     add_json_option,
     add_training_options,
     index_spec,
+    opened_histories,
     pick_device,
     train_config,
 )
@@ -49,6 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--keep", type=int, help="snapshots to keep beside the live one (default: 7)")
     parser.add_argument("--gates", type=Path, metavar="FILE", help="limits as JSON, see docs/rebuild.md")
     parser.add_argument("--memory", default="2GB", help="memory that reading and sorting may use (default: 2GB)")
+    add_histories_option(parser, "users' histories, to be filled from the log")
     add_event_options(parser)
     add_training_options(parser)
     add_index_options(parser)
@@ -79,7 +82,7 @@ def run(parsed: argparse.Namespace) -> None:
     parts = {"training": train_config(parsed), "index": index_spec(parsed), "gates": gates}
     config = RebuildConfig.parse(given | parts, "command line")
     device = pick_device(parsed.device)
-    with progress("train") as update:
+    with opened_histories(parsed.histories) as histories, progress("train") as update:
 
         def on_step(step: StepReport) -> None:
             update(step.step, step.steps, f"loss {step.loss:.3f}")
@@ -91,6 +94,7 @@ def run(parsed: argparse.Namespace) -> None:
             config,
             ingest=lambda out: ingest_with_progress(parsed, parsed.events, out, memory=parsed.memory),
             encoder_config=lambda dataset: encoder_config(dataset, parsed.preset or "ml1m"),
+            histories=histories,
             dry_run=parsed.dry_run,
             device=device,
             on_stage=lambda name: say(f"{name} …"),

@@ -4,7 +4,13 @@ import argparse
 from pathlib import Path
 
 from retrieval.cli.console import OUT
-from retrieval.cli.options import REGISTRY_HELP, add_device_option, pick_device
+from retrieval.cli.options import (
+    REGISTRY_HELP,
+    add_device_option,
+    add_histories_option,
+    opened_histories,
+    pick_device,
+)
 
 __all__ = ["READY", "add_parser"]
 
@@ -24,7 +30,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="copies of snapshots of an object store (default: in ~/.cache)"
     )
-    parser.add_argument("--histories", type=Path, metavar="DATASET", help="dataset whose users can be asked for by id")
+    add_histories_option(parser, "users' histories, to be asked for by id and recorded in")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: 50051)")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="port of Prometheus metrics (default: none)")
@@ -52,7 +58,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(parsed: argparse.Namespace) -> None:
     """Serve until told to stop."""
-    from retrieval.histories.dataset import DatasetHistories
     from retrieval.rpc.logs import set_up_logs
     from retrieval.rpc.server import ServerConfig, run_server
 
@@ -75,10 +80,10 @@ def run(parsed: argparse.Namespace) -> None:
         "poll_seconds": parsed.poll_seconds,
     }
     config = ServerConfig.parse(values, "command line")
-    histories = DatasetHistories(parsed.histories) if parsed.histories is not None else None
 
     def ready(address: str) -> None:
         OUT.print(f"{READY}{address}")
         OUT.file.flush()
 
-    run_server(config, histories, ready)
+    with opened_histories(parsed.histories) as histories:
+        run_server(config, histories, ready)

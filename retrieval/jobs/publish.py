@@ -21,8 +21,8 @@ from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
-from retrieval.files import write_atomically
 from retrieval.evaluation.gates import GateResult
+from retrieval.files import write_atomically
 from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.choice import AutoIndex, Measured, choose_index

@@ -38,6 +38,8 @@ from retrieval.evaluation.gates import GateConfig, GateResult, at_least, at_most
 from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.evaluation.ranking import query_batches, rank_by_scores
 from retrieval.files import remove_temporary_files, write_atomically
+from retrieval.histories.fill import fill_histories
+from retrieval.histories.recorded import RecordedHistories
 from retrieval.index.choice import AutoIndex
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs.publish import Candidate, build_candidate, current_user_embeddings, publish_candidate
@@ -118,6 +120,7 @@ def rebuild(
     *,
     ingest: Callable[[Path], Dataset],
     encoder_config: Callable[[Dataset], EncoderConfig],
+    histories: RecordedHistories | None = None,
     dry_run: bool = False,
     device: torch.device | str = "cpu",
     on_stage: Callable[[str], None] = lambda _: None,
@@ -132,7 +135,8 @@ def rebuild(
         config: how.
         ingest: reads the log into a dataset at the path that it is given.
         encoder_config: shape of the encoder for a dataset.
-        dry_run: do everything but publish and prune.
+        histories: a store that is given the log's events; whatever the gates say, since events are no model's.
+        dry_run: do everything but fill the store, publish and prune.
         device: where to train.
         on_stage: called with a stage's name as it begins.
         on_step: called after every step of training.
@@ -141,6 +145,7 @@ def rebuild(
         InputError: the log, the settings or the folders cannot be used, or another rebuild is at work in `work`.
         RegistryBusyError: another rebuild is at work in the registry.
         GateRefusedError: a gate refused; the live snapshot stays. The report lies in the night's folder.
+        HistoryStoreError: the store of histories cannot be written.
         TrainingError: training diverged.
     """
     clock = _Clock(on_stage)
@@ -158,6 +163,9 @@ def rebuild(
         remove_temporary_files(folder)
         with clock.stage("ingest"):
             dataset = Dataset(folder / "dataset") if (folder / "dataset").exists() else ingest(folder / "dataset")
+        if histories is not None and not dry_run:
+            with clock.stage("histories"):
+                fill_histories(dataset, histories)
         moment = _moment(dataset, made_by.get("last_event"), config)
         if moment is None:
             return Night(version=None, report={}, folder=folder)

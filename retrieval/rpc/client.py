@@ -16,9 +16,18 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from retrieval.histories.event import Event
 from retrieval.index.filter import Filter, filter_from
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
-from retrieval.rpc.convert import embed_request_to, embedded_from, retrieve_request_to, retrieved_from, state_from
+from retrieval.rpc.convert import (
+    embed_request_to,
+    embedded_from,
+    record_request_to,
+    recorded_from,
+    retrieve_request_to,
+    retrieved_from,
+    state_from,
+)
 from retrieval.rpc.errors import UnavailableError
 from retrieval.rpc.requests import (
     Embedded,
@@ -26,6 +35,8 @@ from retrieval.rpc.requests import (
     EmbedRequest,
     History,
     Ids,
+    Recorded,
+    RecordRequest,
     Retrieved,
     RetrieveRequest,
     ServingState,
@@ -37,7 +48,9 @@ from retrieval.rpc.status import error_of
 __all__ = [
     "Embedded",
     "Embedding",
+    "Event",
     "History",
+    "Recorded",
     "RetrievalClient",
     "Retrieved",
     "ServingState",
@@ -47,8 +60,8 @@ __all__ = [
 
 _SERVICE: str = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 
-# Calls change nothing, so they may be repeated. All five attempts fit in the default deadline, so that a server
-# without a snapshot is reported as that and not as a deadline that passed.
+# Any call may be repeated: the server recognises recorded events. All five attempts fit in the default deadline, so
+# that a server without a snapshot is reported as that and not as a deadline that passed.
 _RETRIES = {
     "methodConfig": [
         {
@@ -78,6 +91,7 @@ class RetrievalClient:
 
     - `InvalidRequestError`: the request is malformed; `field` names the part at fault
     - `UnknownUserError`: no history of the stored user is held; `NoHistoriesError`: the server holds none at all
+    - `HistoryStoreError`: the server's store of histories cannot be read or written at the moment
     - `VersionNotLoadedError`: the live snapshot is not the required one
     - `NoSnapshotError`: the server has no snapshot yet; `UnavailableError`: no server answers
     - `OverloadedError`: the server has more calls in hand than it takes
@@ -108,6 +122,7 @@ class RetrievalClient:
             self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
         self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
+        self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
         self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -199,6 +214,21 @@ class RetrievalClient:
         """
         message = embed_request_to(EmbedRequest(users=users, request_time=request_time))
         return embedded_from(self._call(self._embed_users, message, timeout))
+
+    def record_events(self, events: Sequence[Event], *, timeout: float | None = None) -> Recorded:
+        """Add events to stored histories. They are durable when this returns, and count from the next call on.
+
+        May be repeated: an event that is held already is not recorded again.
+
+        Args:
+            events: what users did; at most 1000 events.
+            timeout: seconds; None takes the client's.
+
+        Raises:
+            RetrievalError: see the class. Any of the events may have been recorded.
+        """
+        message = record_request_to(RecordRequest(events=events))
+        return recorded_from(self._call(self._record_events, message, timeout))
 
     def serving_state(self, *, timeout: float | None = None) -> ServingState:
         """What the server serves at this moment.

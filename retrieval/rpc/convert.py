@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from retrieval.errors import FilterError, InvalidRequestError
+from retrieval.histories.event import Event
 from retrieval.index.filter import And, Compare, Filter, In, Missing, Not, Or, Value
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.errors import ServerFaultError
@@ -14,6 +15,8 @@ from retrieval.rpc.requests import (
     EmbedRequest,
     History,
     Ids,
+    Recorded,
+    RecordRequest,
     Retrieved,
     RetrieveRequest,
     ServingState,
@@ -26,6 +29,10 @@ __all__ = [
     "embed_request_to",
     "embedded_from",
     "embedded_to",
+    "record_request_from",
+    "record_request_to",
+    "recorded_from",
+    "recorded_to",
     "retrieve_request_from",
     "retrieve_request_to",
     "retrieved_from",
@@ -80,32 +87,47 @@ def _history_to(message: pb.History, history: History, field: str) -> None:
     message.SetInParent()
 
 
+def _id_to(message: pb.UserId | pb.ItemId, value: int | str, field: str) -> None:
+    try:
+        setattr(message, "string" if isinstance(value, str) else "integer", value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(field, f"must be a string or a 64-bit integer ({error})") from None
+
+
+def _id_from(message: pb.UserId | pb.ItemId, field: str) -> int | str:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError(field, "holds no id; set `integer` or `string`")
+    value: int | str = getattr(message, kind)
+    return value
+
+
 def _user_to(message: Any, user: History | StoredUser | Embedding | None, prefix: str) -> None:
     if isinstance(user, History):
         _history_to(message.history, user, f"{prefix}history")
     elif isinstance(user, StoredUser):
-        kind = "string" if isinstance(user.id, str) else "integer"
-        try:
-            setattr(message.stored_user, kind, user.id)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"{prefix}stored_user", f"must be a string or a 64-bit integer ({error})"
-            ) from None
+        _id_to(message.stored_user, user.id, f"{prefix}stored_user")
+        if user.fresh is not None:
+            _history_to(message.fresh_events, user.fresh, f"{prefix}fresh_events")
     elif isinstance(user, Embedding):
         _fill(message.embedding.values, user.values, f"{prefix}embedding.values", "numbers")
         message.embedding.SetInParent()
 
 
+def _history_from(message: pb.History) -> History:
+    return History(_ids_from(message.items), message.timestamps, message.actions)
+
+
 def _user_from(message: Any, prefix: str) -> History | StoredUser | Embedding | None:
-    match message.WhichOneof("user"):
+    kind = message.WhichOneof("user")
+    fresh = _history_from(message.fresh_events) if message.HasField("fresh_events") else None
+    if fresh is not None and kind != "stored_user":
+        raise InvalidRequestError(f"{prefix}fresh_events", "needs a stored user; other events belong in history")
+    match kind:
         case "history":
-            history = message.history
-            return History(_ids_from(history.items), history.timestamps, history.actions)
+            return _history_from(message.history)
         case "stored_user":
-            kind = message.stored_user.WhichOneof("kind")
-            if kind is None:
-                raise InvalidRequestError(f"{prefix}stored_user", "holds no id; set `integer` or `string`")
-            return StoredUser(getattr(message.stored_user, kind))
+            return StoredUser(_id_from(message.stored_user, f"{prefix}stored_user"), fresh)
         case "embedding":
             return Embedding(message.embedding.values)
     return None
@@ -222,7 +244,7 @@ def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
     """A message as a request; its lists are the message's own, not copies.
 
     Raises:
-        InvalidRequestError: a stored user without an id, or a filter that is none.
+        InvalidRequestError: a stored user without an id, fresh events without one, or a filter that is none.
     """
     return RetrieveRequest(
         user=_user_from(message, ""),
@@ -254,7 +276,7 @@ def embed_request_from(message: pb.EmbedUsersRequest) -> EmbedRequest:
     """A message as a request; its lists are the message's own, not copies.
 
     Raises:
-        InvalidRequestError: a stored user without an id.
+        InvalidRequestError: a stored user without an id, or fresh events without one.
     """
     users = [_user_from(user, f"users[{place}].") for place, user in enumerate(message.users)]
     return EmbedRequest(
@@ -262,6 +284,55 @@ def embed_request_from(message: pb.EmbedUsersRequest) -> EmbedRequest:
         users=[user for user in users if not isinstance(user, Embedding)],
         request_time=message.request_time if message.HasField("request_time") else None,
     )
+
+
+def record_request_to(request: RecordRequest) -> pb.RecordEventsRequest:
+    """A request as a message.
+
+    Raises:
+        InvalidRequestError: a value does not fit its field.
+    """
+    message = pb.RecordEventsRequest()
+    for place, event in enumerate(request.events):
+        part, field = message.events.add(), f"events[{place}]"
+        _id_to(part.user_id, event.user_id, f"{field}.user_id")
+        _id_to(part.item_id, event.item_id, f"{field}.item_id")
+        for name, kind in (("action", "text"), ("timestamp", "an integer, in seconds"), ("event_id", "text")):
+            try:
+                setattr(part, name, getattr(event, name))
+            except (TypeError, ValueError) as error:
+                raise InvalidRequestError(f"{field}.{name}", f"must be {kind} ({error})") from None
+    return message
+
+
+def record_request_from(message: pb.RecordEventsRequest) -> RecordRequest:
+    """A message as a request.
+
+    Raises:
+        InvalidRequestError: an event without a user or an item.
+    """
+    return RecordRequest(
+        events=[
+            Event(
+                user_id=_id_from(event.user_id, f"events[{place}].user_id"),
+                item_id=_id_from(event.item_id, f"events[{place}].item_id"),
+                timestamp=event.timestamp,
+                action=event.action,
+                event_id=event.event_id,
+            )
+            for place, event in enumerate(message.events)
+        ]
+    )
+
+
+def recorded_to(answer: Recorded) -> pb.RecordEventsResponse:
+    """An answer as a message."""
+    return pb.RecordEventsResponse(unknown_items=answer.unknown_items)
+
+
+def recorded_from(message: pb.RecordEventsResponse) -> Recorded:
+    """A message as an answer."""
+    return Recorded(unknown_items=message.unknown_items)
 
 
 def retrieved_to(answer: Retrieved, *, string_ids: bool) -> pb.RetrieveResponse:

@@ -24,6 +24,7 @@ __all__ = [
     "PreparedEmbed",
     "PreparedRetrieve",
     "UserEvents",
+    "fresh_history",
     "prepare_embed",
     "prepare_retrieve",
     "shown",
@@ -45,6 +46,7 @@ class Limits(Config):
         max_excluded: ids to exclude.
         max_users: users of one EmbedUsers call.
         max_filter: tests and values of a filter together.
+        max_recorded: events of one RecordEvents call.
     """
 
     max_k: int = Field(default=10_000, ge=1)
@@ -52,6 +54,7 @@ class Limits(Config):
     max_excluded: int = Field(default=100_000, ge=0)
     max_users: int = Field(default=256, ge=1)
     max_filter: int = Field(default=10_000, ge=1)
+    max_recorded: int = Field(default=1_000, ge=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +185,21 @@ def prepare_embed(
     return PreparedEmbed(serving=serving, users=tuple(prepared))
 
 
+def fresh_history(serving: ServingSnapshot, history: History, limits: Limits, field: str) -> StoredHistory:
+    """Check events that a caller adds to a stored history.
+
+    Raises:
+        InvalidRequestError: something is wrong; the sentence names the field.
+    """
+    _check_history(serving, history, limits, field)
+    _check_kind(serving, history.items, f"{field}.items")
+    return StoredHistory(
+        items=list(history.items),  # type: ignore[arg-type]
+        actions=list(history.actions) or [""] * len(history.items),
+        timestamps=_timestamps(history.timestamps, f"{field}.timestamps"),
+    )
+
+
 def _events(
     serving: ServingSnapshot, history: History | StoredHistory, time: int, limits: Limits, field: str
 ) -> UserEvents:
@@ -266,11 +284,15 @@ def _rows(serving: ServingSnapshot, ids: Ids, field: str) -> NDArray[np.int64]:
     """Rows of ids, −1 where the catalogue does not have them."""
     if not len(ids):
         return np.empty(0, np.int64)
-    if isinstance(ids[0], str) != serving.string_ids:
-        has, sent = ("strings", "integers") if serving.string_ids else ("integers", "strings")
-        raise InvalidRequestError(field, f"holds {sent}, but the catalogue's item ids are {has}")
+    _check_kind(serving, ids, field)
     # A message's list becomes an array through the buffer protocol, without a Python integer per id.
     return serving.snapshot.vocabulary.rows_of(ids if serving.string_ids else np.array(ids, np.int64))
+
+
+def _check_kind(serving: ServingSnapshot, ids: Ids, field: str) -> None:
+    if len(ids) and isinstance(ids[0], str) != serving.string_ids:
+        has, sent = ("strings", "integers") if serving.string_ids else ("integers", "strings")
+        raise InvalidRequestError(field, f"holds {sent}, but the catalogue's item ids are {has}")
 
 
 def _filter_size(filter_: Filter) -> int:

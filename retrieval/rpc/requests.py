@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from retrieval.histories.event import Event
 from retrieval.index.filter import Filter
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Embedding",
     "History",
     "Ids",
+    "RecordRequest",
+    "Recorded",
     "RetrieveRequest",
     "Retrieved",
     "ServingState",
@@ -43,9 +46,15 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class StoredUser:
-    """A user whose history the server holds."""
+    """A user whose history the server holds.
+
+    Attributes:
+        id: the user's id.
+        fresh: events that may not be recorded yet, added to the history for this call.
+    """
 
     id: int | str
+    fresh: History | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,13 @@ class EmbedRequest:
 
     users: Sequence[History | StoredUser | None]
     request_time: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRequest:
+    """Asks for events to be added to stored histories."""
+
+    events: Sequence[Event]
 
 
 class Source(Enum):
@@ -139,6 +155,17 @@ class Embedded:
     def embedding(self, user: int) -> list[float]:
         """Embedding of the user at this place of the request."""
         return self.values[user * self.width : (user + 1) * self.width]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Events are durable.
+
+    Attributes:
+        unknown_items: events whose item the catalogue does not have (yet).
+    """
+
+    unknown_items: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

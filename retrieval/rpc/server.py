@@ -28,7 +28,16 @@ from retrieval.errors import InputError, InvalidRequestError
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.batcher import Batcher
-from retrieval.rpc.convert import embed_request_from, embedded_to, retrieve_request_from, retrieved_to, state_to
+from retrieval.rpc.convert import (
+    embed_request_from,
+    embedded_to,
+    record_request_from,
+    recorded_to,
+    retrieve_request_from,
+    retrieved_to,
+    state_to,
+)
+from retrieval.rpc.errors import OverloadedError
 from retrieval.rpc.health import Health
 from retrieval.rpc.logs import REQUEST_ID, request_id, request_id_of
 from retrieval.rpc.metrics import Metrics
@@ -73,7 +82,8 @@ class ServerConfig(Config):
             that wait for each other on a busy core make calls many times slower.
         poll_seconds: mean time between two looks at the registry.
         max_batch: calls that are encoded and searched together.
-        capacity: calls in hand at once; further ones are refused.
+        capacity: calls in hand at once; further ones are refused. RecordEvents has as much to itself, so that a slow
+            disk does not refuse a Retrieve.
         client_capacity: of these, calls of one client; None sets no such limit. A client is the name of a token, else
             of a certificate, else an address.
         drain_seconds: time after a stop is asked for in which calls are still taken, for load balancers to notice.
@@ -149,6 +159,7 @@ class Server:
         self._metrics.in_hand.set_function(lambda: self._batcher.in_hand)
         self._recall = RecallSampler(config.recall_share, self._metrics.recall, partial(_limit_threads, 1))
         self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
+        self._recording = 0
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
         self._reloader = Reloader(
             Registry(config.registry, storage_at(config.registry, config.cache)),
@@ -250,6 +261,7 @@ class Server:
         methods = {
             "Retrieve": self._retrieve,
             "EmbedUsers": self._embed_users,
+            "RecordEvents": self._record_events,
             "GetServingState": self._serving_state,
         }
         assert set(methods) == set(_DESCRIPTOR.methods_by_name)
@@ -307,6 +319,18 @@ class Server:
         assert isinstance(answer, Embedded)
         with self._metrics.stage("answer"):
             return embedded_to(answer).SerializeToString()
+
+    async def _record_events(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
+        request = record_request_from(_parsed(pb.RecordEventsRequest, content))
+        if self._recording >= self._config.capacity:
+            raise OverloadedError(f"{self._recording} RecordEvents calls are in hand, as many as this server takes")
+        self._recording += 1
+        try:
+            answer, done = self._service.begin_recording(self._reloader.live, request)
+            await asyncio.wrap_future(done)
+        finally:
+            self._recording -= 1
+        return recorded_to(answer).SerializeToString()
 
     async def _serving_state(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         _parsed(pb.GetServingStateRequest, content)

@@ -6,12 +6,14 @@ Answering has two halves. `prepare_*` checks and translates one request: cheap, 
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.data.sequences import gather_histories
 from retrieval.errors import UnknownUserError
+from retrieval.histories.codec import joined
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc.errors import NoHistoriesError
 from retrieval.rpc.metrics import Metrics
@@ -21,15 +23,19 @@ from retrieval.rpc.prepare import (
     PreparedEmbed,
     PreparedRetrieve,
     UserEvents,
+    fresh_history,
     prepare_embed,
     prepare_retrieve,
     shown,
 )
+from retrieval.rpc.record import check_events
 from retrieval.rpc.requests import (
     Embedded,
     Embedding,
     EmbedRequest,
     History,
+    Recorded,
+    RecordRequest,
     Retrieved,
     RetrieveRequest,
     ServingState,
@@ -84,22 +90,51 @@ class RetrievalService:
         """
         now = int(self._clock())
         if isinstance(request, RetrieveRequest):
-            user = self._look_up(request.user, "stored_user")
+            user = self._look_up(serving, request.user, "")
             return prepare_retrieve(serving, request, user, now=now, limits=self._limits)
         # Refuse too many users before looking any of them up.
         wanted = request.users if len(request.users) <= self._limits.max_users else [None] * len(request.users)
-        users = [self._look_up(user, f"users[{place}].stored_user") for place, user in enumerate(wanted)]
+        users = [self._look_up(serving, user, f"users[{place}].") for place, user in enumerate(wanted)]
         return prepare_embed(serving, request, users, now=now, limits=self._limits)
 
-    def _look_up(self, user: History | StoredUser | Embedding | None, field: str) -> Known:
+    def _look_up(self, serving: ServingSnapshot, user: History | StoredUser | Embedding | None, prefix: str) -> Known:
         if not isinstance(user, StoredUser):
             return user
         if self._histories is None:
-            raise NoHistoriesError(f"{field}: this server holds no histories; send the history inline")
-        history = self._histories.get(user.id)
+            raise NoHistoriesError(f"{prefix}stored_user: this server holds no histories; send the history inline")
+        history = self._histories.read(user.id)
+        if user.fresh is not None:
+            fresh = fresh_history(serving, user.fresh, self._limits, f"{prefix}fresh_events")
+            history = joined(history, fresh) if len(fresh.items) else history
         if history is None:
-            raise UnknownUserError(f"{field}: no history of user {shown(user.id)} is held")
+            raise UnknownUserError(f"{prefix}stored_user: no history of user {shown(user.id)} is held")
         return history
+
+    def begin_recording(self, serving: ServingSnapshot, request: RecordRequest) -> tuple[Recorded, "Future[None]"]:
+        """Check events and begin to record them; does not block.
+
+        Returns:
+            The answer, to be given when the future is done.
+
+        Raises:
+            InvalidRequestError: something is wrong with the request; the sentence names the field.
+            NoHistoriesError: there is no store.
+        """
+        if self._histories is None:
+            raise NoHistoriesError("this server holds no histories, so it can record nothing")
+        unknown = check_events(serving, request.events, now=int(self._clock()), limits=self._limits)
+        return Recorded(unknown_items=unknown), self._histories.append(request.events)
+
+    def record_events(self, serving: ServingSnapshot, request: RecordRequest) -> Recorded:
+        """Record events here and now; they are durable at the return.
+
+        Raises:
+            InvalidRequestError, NoHistoriesError: as `begin_recording`.
+            HistoryStoreError: the store cannot be written.
+        """
+        recorded, done = self.begin_recording(serving, request)
+        done.result()
+        return recorded
 
     def retrieve(self, serving: ServingSnapshot, request: RetrieveRequest) -> Retrieved:
         """Answer one request here and now.

@@ -7,7 +7,13 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from retrieval.errors import InvalidRequestError, NoSnapshotError, RetrievalError, UnknownUserError
+from retrieval.errors import (
+    HistoryStoreError,
+    InvalidRequestError,
+    NoSnapshotError,
+    RetrievalError,
+    UnknownUserError,
+)
 from retrieval.rpc.errors import (
     DeadlineError,
     NoHistoriesError,
@@ -34,6 +40,7 @@ _TABLE: tuple[tuple[type[RetrievalError], int, str], ...] = (
     (NoHistoriesError, code_pb2.FAILED_PRECONDITION, "NO_HISTORIES"),
     (VersionNotLoadedError, code_pb2.FAILED_PRECONDITION, "VERSION_NOT_LOADED"),
     (NoSnapshotError, code_pb2.UNAVAILABLE, "NO_SNAPSHOT"),
+    (HistoryStoreError, code_pb2.UNAVAILABLE, "STORE_UNAVAILABLE"),
     (UnauthenticatedError, code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (OverloadedError, code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (DeadlineError, code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
@@ -68,7 +75,12 @@ def status_of(error: Exception) -> grpc.Status:
         if isinstance(error, InvalidRequestError):
             violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
             details += _packed(error_details_pb2.BadRequest(field_violations=[violation]))
-        status = rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=details))
+        message = str(error)
+        if isinstance(error, HistoryStoreError):
+            # Addresses and files of ours are the operator's to know.
+            _log.error("%s", message)
+            message = "the store of histories cannot be used at the moment"
+        status = rpc_status.to_status(status_pb2.Status(code=code, message=message, details=details))
         if isinstance(error, OverloadedError) and error.retry_seconds is not None:
             pushback = (_PUSHBACK, str(max(1, round(1000 * error.retry_seconds))))
             status = status._replace(trailing_metadata=(*status.trailing_metadata, pushback))

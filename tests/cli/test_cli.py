@@ -86,7 +86,9 @@ def test_snapshots_are_listed_shown_verified_and_rolled_back(work: Path, capsys:
 
 
 def test_a_server_answers_the_query_command_and_ends_well(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with served(work / "registry", "--histories", str(work / "dataset")) as (address, process):
+    store = str(work / "histories")
+    assert main(["histories", "fill", str(work / "dataset"), store]) == 0
+    with served(work / "registry", "--histories", store) as (address, process):
         where = ["--address", address]
         assert main(["query", "--user", "7", "-k", "3", "--exclude-seen", "--json", *where]) == 0
         answer = json.loads(capsys.readouterr().out)
@@ -104,6 +106,23 @@ def test_a_server_answers_the_query_command_and_ends_well(work: Path, capsys: py
         assert main(["query", "--user", "7", "-k", "5", "--json", *when, *where]) == 0
         stored = json.loads(capsys.readouterr().out)
         assert inline["items"] == stored["items"]
+
+        click = {"user": 7, "item": 104, "timestamp": 1_700_009_000, "action": "like", "event_id": "a"}
+        (work / "clicks.jsonl").write_text(json.dumps(click))
+        (work / "fresh.jsonl").write_text(json.dumps(click))
+        query = ["query", "--user", "7", "-k", "5", "--json", *when, *where]
+        assert main([*query, "--history", str(work / "fresh.jsonl")]) == 0
+        fresh = json.loads(capsys.readouterr().out)
+        for _ in range(2):
+            assert main(["histories", "record", str(work / "clicks.jsonl"), *where]) == 0
+            assert "1 events are recorded" in capsys.readouterr().out
+            assert main(query) == 0
+            assert json.loads(capsys.readouterr().out)["items"] == fresh["items"]
+        assert fresh["scores"] != stored["scores"]
+        assert main(["histories", "show", store, "7", "--json"]) == 0
+        events = json.loads(capsys.readouterr().out)["events"]
+        assert len(events) == 9
+        assert events[-1] == {"item": 104, "timestamp": 1_700_009_000, "action": "like"}
 
         assert main(["query", "--user", "7", "-k", "99", *where]) == 0
         out, err = capsys.readouterr()
@@ -164,6 +183,13 @@ def damaged_registry(work: Path, folder: Path) -> Path:
         ("snapshots show {tmp}/none", 1, "holds no live snapshot yet"),
         ("snapshots verify {damaged}", 1, "index.faiss: has"),
         ("snapshots rollback {work}/registry 000077-000000000000", 1, "has no version"),
+        ("serve {work}/registry --histories {work}/dataset", 2, "is a dataset, not a store of histories"),
+        ("serve {work}/registry --histories {work}/run", 2, "holds something else"),
+        ("histories fill {work}/nothing {tmp}/h", 2, "is not a dataset folder"),
+        ("histories show {tmp}/h 7", 2, "has no history of user '7'"),
+        ("histories record {work}/nothing", 2, "cannot be read"),
+        ("histories record {work}/events.csv", 2, "line 1 is not a JSON object"),
+        ("query", 2, "for whom?"),
         ("query --user 1 --address 127.0.0.1:1 --timeout 1", 1, "127.0.0.1:1"),
         ("query --history {work}/nothing", 2, "cannot be read"),
         ("query --history {work}/events.csv", 2, "line 1 is not a JSON object"),
@@ -193,7 +219,7 @@ def test_bad_usage_exits_2() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "ingest", "train", "evaluate", "publish", "serve", "query", "snapshots"]
+    "command", ["", "demo", "ingest", "train", "evaluate", "publish", "serve", "query", "histories", "snapshots"]
 )
 def test_help_is_immediate_and_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

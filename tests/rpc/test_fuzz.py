@@ -55,6 +55,25 @@ _REQUESTS = st.builds(
     _INTEGERS,
     st.lists(st.floats(width=32), min_size=WIDTH - 1, max_size=WIDTH) | st.just([1.0] * WIDTH),
 )
+_IDS = st.builds(pb.UserId, integer=_INTEGERS) | st.builds(pb.UserId, string=st.text(max_size=4)) | st.just(pb.UserId())
+_RECORDS = st.builds(
+    lambda users, items, names, times: pb.RecordEventsRequest(
+        events=[
+            pb.Event(
+                user_id=user,
+                item_id=pb.ItemId.FromString(item.SerializeToString()),
+                action=name,
+                timestamp=time,
+                event_id=name,
+            )
+            for user, item, name, time in zip(users, items, names, times, strict=False)
+        ]
+    ),
+    st.lists(_IDS, max_size=3),
+    st.lists(_IDS, max_size=3),
+    st.lists(st.text(max_size=120), min_size=3, max_size=3),
+    st.lists(_INTEGERS | st.integers(0, 10), min_size=3, max_size=3),
+)
 _THE_CALLERS = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -65,7 +84,7 @@ _THE_CALLERS = {
 
 @st.composite
 def _damaged(draw: st.DrawFn) -> bytes:
-    content = bytearray(draw(_REQUESTS).SerializeToString())
+    content = bytearray(draw(_REQUESTS | _RECORDS).SerializeToString())
     for place in draw(st.lists(st.integers(0, max(len(content) - 1, 0)), max_size=3)):
         content[place : place + 1] = draw(st.binary(max_size=3))
     return bytes(content)
@@ -82,8 +101,11 @@ def _code(channel: grpc.Channel, method: str, content: bytes) -> grpc.StatusCode
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    content=_REQUESTS.map(pb.RetrieveRequest.SerializeToString) | _damaged() | st.binary(max_size=100),
-    method=st.sampled_from(["Retrieve", "Retrieve", "EmbedUsers", "GetServingState"]),
+    content=_REQUESTS.map(pb.RetrieveRequest.SerializeToString)
+    | _RECORDS.map(pb.RecordEventsRequest.SerializeToString)
+    | _damaged()
+    | st.binary(max_size=100),
+    method=st.sampled_from(["Retrieve", "Retrieve", "EmbedUsers", "RecordEvents", "RecordEvents", "GetServingState"]),
 )
 def test_whatever_is_sent_is_answered_or_refused(address: str, content: bytes, method: str) -> None:
     with grpc.insecure_channel(address) as channel:

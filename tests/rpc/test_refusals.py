@@ -2,7 +2,8 @@
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from retrieval.errors import InputError, InvalidRequestError, NoSnapshotError, RetrievalError, UnknownUserError
+from retrieval.errors import (
+    HistoryStoreError,
+    InputError,
+    InvalidRequestError,
+    NoSnapshotError,
+    RetrievalError,
+    UnknownUserError,
+)
+from retrieval.histories.event import Event
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import Embedding, History, RetrievalClient, StoredUser
 from retrieval.rpc.errors import NoHistoriesError, ServerFaultError, UnavailableError
@@ -206,8 +215,16 @@ def test_limits_are_configuration(integer_world: World) -> None:
 class Broken:
     """A history store whose disk is gone."""
 
-    def get(self, user_id: int | str) -> None:
+    def read(self, user_id: int | str) -> None:
         raise OSError("secret detail of the machine")
+
+    def append(self, events: Sequence[Event]) -> "Future[None]":
+        done: Future[None] = Future()
+        done.set_exception(HistoryStoreError("secret place of the machine: no space left"))
+        return done
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_fault_of_the_server_is_logged_there_and_told_in_general_terms(
@@ -221,6 +238,9 @@ def test_a_fault_of_the_server_is_logged_there_and_told_in_general_terms(
             client.retrieve(StoredUser(1))
         assert "secret" not in str(told.value)
         assert "secret detail of the machine" in caplog.text
+        with pytest.raises(HistoryStoreError, match="histories cannot be used at the moment"):
+            client.record_events([Event(user_id=1, item_id=1, timestamp=1)])
+        assert "secret place of the machine" in caplog.text
         assert client.retrieve(GOOD, k=1).shortfall == 0
 
 

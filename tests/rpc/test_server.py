@@ -7,7 +7,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from retrieval.errors import UnknownUserError
+from retrieval.histories.event import Event
 from retrieval.histories.store import StoredHistory
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import RetrievalClient, StoredUser
@@ -120,16 +121,22 @@ def test_more_calls_than_the_capacity_are_refused_at_once(integer_world: World, 
 
 
 class SlowHistories:
-    """A store that takes its time."""
+    """A store that takes its time, and records nothing."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
         self.asked = threading.Event()
 
-    def get(self, user_id: int | str) -> StoredHistory | None:
+    def read(self, user_id: int | str) -> StoredHistory | None:
         self.asked.set()
         assert self.open.wait(20)
         return None
+
+    def append(self, events: Sequence[Event]) -> "Future[None]":
+        return Future()
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_slow_history_store_holds_up_nobody_else(integer_world: World) -> None:

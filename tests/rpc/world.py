@@ -14,7 +14,8 @@ from retrieval.encoder.checkpoint import CheckpointInfo
 from retrieval.encoder.config import HSTUConfig
 from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import item_vectors
-from retrieval.histories.dataset import DatasetHistories
+from retrieval.histories.fill import fill_histories
+from retrieval.histories.recorded import RecordedHistories, open_histories
 from retrieval.index.builder import build_index
 from retrieval.index.spec import IndexSpec
 from retrieval.rpc.client import History
@@ -47,14 +48,14 @@ class World:
     dataset: Dataset
     registry: Registry
     encoder: HSTUEncoder
-    stored: DatasetHistories
+    stored: RecordedHistories
 
     def open(self) -> ServingSnapshot:
         return ServingSnapshot(open_snapshot(self.registry.folder(self.registry.current())))
 
     def history(self, user: int) -> History:
         """A user's events, as a client would send them."""
-        stored = self.stored.get(user)
+        stored = self.stored.read(user)
         assert stored is not None
         return History(list(stored.items), stored.timestamps.tolist(), stored.actions)
 
@@ -108,7 +109,9 @@ def make_world(folder: Path, item_ids: list[int] | list[str]) -> World:
     encoder = make_encoder()
     registry = Registry(folder / "registry")
     publish(registry, dataset, encoder)
-    return World(dataset, registry, encoder, DatasetHistories(folder / "dataset"))
+    stored = open_histories(str(folder / "histories"))
+    fill_histories(dataset, stored)
+    return World(dataset, registry, encoder, stored)
 
 
 def integer_ids() -> list[int]:

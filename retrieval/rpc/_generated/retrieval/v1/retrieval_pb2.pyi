@@ -136,7 +136,7 @@ class Filter(_message.Message):
     def __init__(self, compare: _Optional[_Union[Filter.Compare, _Mapping]] = ..., missing: _Optional[_Union[Filter.Missing, _Mapping]] = ..., all: _Optional[_Union[Filter.Parts, _Mapping]] = ..., any: _Optional[_Union[Filter.Parts, _Mapping]] = ..., **kwargs) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version")
+    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version", "fresh_events")
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     STORED_USER_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class RetrieveRequest(_message.Message):
     INCLUDE_TITLES_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FRESH_EVENTS_FIELD_NUMBER: _ClassVar[int]
     history: History
     stored_user: UserId
     embedding: Embedding
@@ -157,7 +158,8 @@ class RetrieveRequest(_message.Message):
     include_titles: bool
     filter: Filter
     required_version: str
-    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ...) -> None: ...
+    fresh_events: History
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("items", "scores", "snapshot_version", "source", "shortfall", "unknown_items", "titles")
@@ -180,12 +182,14 @@ class RetrieveResponse(_message.Message):
 class EmbedUsersRequest(_message.Message):
     __slots__ = ("users", "request_time")
     class User(_message.Message):
-        __slots__ = ("history", "stored_user")
+        __slots__ = ("history", "stored_user", "fresh_events")
         HISTORY_FIELD_NUMBER: _ClassVar[int]
         STORED_USER_FIELD_NUMBER: _ClassVar[int]
+        FRESH_EVENTS_FIELD_NUMBER: _ClassVar[int]
         history: History
         stored_user: UserId
-        def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ...) -> None: ...
+        fresh_events: History
+        def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
     USERS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_TIME_FIELD_NUMBER: _ClassVar[int]
     users: _containers.RepeatedCompositeFieldContainer[EmbedUsersRequest.User]
@@ -205,6 +209,40 @@ class EmbedUsersResponse(_message.Message):
     unknown_items: _containers.RepeatedScalarFieldContainer[int]
     snapshot_version: str
     def __init__(self, values: _Optional[_Iterable[float]] = ..., width: _Optional[int] = ..., events_read: _Optional[_Iterable[int]] = ..., unknown_items: _Optional[_Iterable[int]] = ..., snapshot_version: _Optional[str] = ...) -> None: ...
+
+class ItemId(_message.Message):
+    __slots__ = ("integer", "string")
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    STRING_FIELD_NUMBER: _ClassVar[int]
+    integer: int
+    string: str
+    def __init__(self, integer: _Optional[int] = ..., string: _Optional[str] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("user_id", "item_id", "action", "timestamp", "event_id")
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    user_id: UserId
+    item_id: ItemId
+    action: str
+    timestamp: int
+    event_id: str
+    def __init__(self, user_id: _Optional[_Union[UserId, _Mapping]] = ..., item_id: _Optional[_Union[ItemId, _Mapping]] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., event_id: _Optional[str] = ...) -> None: ...
+
+class RecordEventsRequest(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[Event]
+    def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+
+class RecordEventsResponse(_message.Message):
+    __slots__ = ("unknown_items",)
+    UNKNOWN_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    unknown_items: int
+    def __init__(self, unknown_items: _Optional[int] = ...) -> None: ...
 
 class GetServingStateRequest(_message.Message):
     __slots__ = ()

@@ -1,0 +1,239 @@
+"""A user's events ↔ the bytes that a store keeps for the user; `docs/histories.md` describes them.
+
+What it means to record an event is decided here, once for all stores: `merged` is a pure function from the bytes held
+and some events to the bytes to hold, such that recording events again, together or one by one, gives the same bytes.
+"""
+
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.errors import HistoryCorruptError
+from retrieval.histories.store import StoredHistory
+
+__all__ = ["NO_EVENT_ID", "Columns", "Entry", "decode", "encode", "event_digest", "history_of", "joined", "merged"]
+
+NO_EVENT_ID = 0
+"""Digest of an event that has no id."""
+
+_HEADER = struct.Struct("<BxHI")
+_STRING_ITEMS, _EVENT_IDS = 1, 2
+
+Entry = tuple[int | str, str, int, int]
+"""Item id, action, timestamp in seconds, digest of the event's id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """A user's events, oldest first; equal times in the order in which they were recorded.
+
+    Attributes:
+        timestamps: seconds, int64 `[T]`.
+        items: item ids, int64 `[T]` or T strings.
+        names: action names.
+        codes: place of each event's action in `names`, uint16 `[T]`.
+        digests: of the events' ids, uint64 `[T]`; `NO_EVENT_ID` where an event has none.
+    """
+
+    timestamps: NDArray[np.int64]
+    items: NDArray[np.int64] | list[str]
+    names: list[str]
+    codes: NDArray[np.uint16]
+    digests: NDArray[np.uint64]
+
+
+def event_digest(event_id: str) -> int:
+    """64 bits that stand for an event id, or `NO_EVENT_ID` for none.
+
+    Two ids of one user meet by chance with a probability of about T² / 2⁶⁵.
+    """
+    if not event_id:
+        return NO_EVENT_ID
+    return int.from_bytes(blake2b(event_id.encode(), digest_size=8).digest(), "little") or 1
+
+
+def encode(columns: Columns) -> bytes:
+    """Bytes of a history."""
+    flags, ids, texts = 0, b"", columns.names
+    if columns.digests.any():
+        flags |= _EVENT_IDS
+        ids = columns.digests.astype("<u8").tobytes()
+    items = b""
+    if isinstance(columns.items, list):
+        flags |= _STRING_ITEMS
+        texts = texts + columns.items
+    else:
+        items = columns.items.astype("<i8").tobytes()
+    encoded = [text.encode() for text in texts]
+    return b"".join(
+        (
+            _HEADER.pack(flags, len(columns.names), len(columns.timestamps)),
+            columns.timestamps.astype("<i8").tobytes(),
+            ids,
+            items,
+            np.fromiter(map(len, encoded), "<u4", len(encoded)).tobytes(),
+            columns.codes.astype("<u2").tobytes(),
+            *encoded,
+        )
+    )
+
+
+def decode(content: bytes) -> Columns:
+    """A history out of its bytes.
+
+    Raises:
+        HistoryCorruptError: they are none.
+    """
+    try:
+        return _decode(content)
+    except (struct.error, ValueError) as error:
+        raise HistoryCorruptError(f"a stored history of {len(content)} bytes is damaged ({error})") from None
+
+
+def _decode(content: bytes) -> Columns:
+    flags, num_names, num_events = _HEADER.unpack_from(content)
+    if flags & ~(_STRING_ITEMS | _EVENT_IDS):
+        raise ValueError(f"flags {flags}")
+    place = _HEADER.size
+
+    def column(dtype: str, count: int) -> NDArray:
+        nonlocal place
+        values = np.frombuffer(content, dtype, count, place)
+        place += values.nbytes
+        return values
+
+    strings = bool(flags & _STRING_ITEMS)
+    timestamps = column("<i8", num_events)
+    digests = column("<u8", num_events) if flags & _EVENT_IDS else np.zeros(num_events, np.uint64)
+    items = None if strings else column("<i8", num_events)
+    lengths = column("<u4", num_names + num_events * strings)
+    codes = column("<u2", num_events)
+    if num_events and int(codes.max()) >= num_names:
+        raise ValueError("an action has no name")
+    texts = []
+    for length in lengths.tolist():
+        texts.append(content[place : place + length].decode())
+        place += length
+    if place != len(content):
+        raise ValueError(f"{place} bytes were promised")
+    return Columns(
+        timestamps=timestamps,
+        items=texts[num_names:] if items is None else items,
+        names=texts[:num_names],
+        codes=codes,
+        digests=digests,
+    )
+
+
+def history_of(columns: Columns) -> StoredHistory:
+    """What a reader gets of a history."""
+    return StoredHistory(
+        items=columns.items,
+        actions=[columns.names[code] for code in columns.codes.tolist()],
+        timestamps=columns.timestamps,
+    )
+
+
+class _Events:
+    """A user's events as lists, to be added to."""
+
+    def __init__(self) -> None:
+        self.timestamps: list[int] = []
+        self.items: list[int | str] = []
+        self.actions: list[str] = []
+        self.digests: list[int] = []
+        self._lists: tuple[list, ...] = (self.timestamps, self.items, self.actions, self.digests)
+
+    def extend(self, items: Sequence[int | str] | NDArray, actions: Sequence[str], timestamps: NDArray) -> None:
+        """Take over events that are in order and without repeats."""
+        self.items += items.tolist() if isinstance(items, np.ndarray) else items
+        self.actions += actions
+        self.timestamps += timestamps.tolist()
+
+    def add(self, item: int | str, action: str, timestamp: int, digest: int) -> None:
+        """Put one more event in its place, unless it is a repeat."""
+        if self.items and isinstance(self.items[0], str) != isinstance(item, str):
+            for values in self._lists:
+                values.clear()
+        if digest != NO_EVENT_ID and digest in self.digests:
+            return
+        place = bisect_right(self.timestamps, timestamp)
+        if any(
+            NO_EVENT_ID in (digest, self.digests[other]) and self.items[other] == item and self.actions[other] == action
+            for other in range(bisect_left(self.timestamps, timestamp), place)
+        ):
+            return
+        for values, value in zip(self._lists, (timestamp, item, action, digest), strict=True):
+            values.insert(place, value)
+
+    def drop_one(self) -> None:
+        """Drop the oldest; among several, the one that was recorded last."""
+        place = bisect_right(self.timestamps, self.timestamps[0]) - 1
+        for values in self._lists:
+            del values[place]
+
+
+def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> bytes:
+    """Record events in a history.
+
+    - An event is a repeat, and passed over, if one with its id is held; where either has no id, if one of the same
+      item, action and time is.
+    - The last `max_events` by time stay; among equal times, those that were recorded first. So an event that fell out
+      falls out again when it is repeated.
+    - Item ids of a history are of one kind. An event of the other kind ends what was held: no catalogue knows both.
+
+    Args:
+        content: the history's bytes; None for a user that is not known yet.
+        entries: the events, in the order in which they were recorded.
+        max_events: how many stay.
+
+    Raises:
+        HistoryCorruptError: the bytes are no history.
+    """
+    events = _Events()
+    if content is not None:
+        held = decode(content)
+        events.extend(held.items, [held.names[code] for code in held.codes.tolist()], held.timestamps)
+        events.digests += held.digests.tolist()
+    for entry in entries:
+        events.add(*entry)
+        if len(events.items) > max_events:
+            events.drop_one()
+    codes = {name: code for code, name in enumerate(dict.fromkeys(events.actions))}
+    strings = bool(events.items) and isinstance(events.items[0], str)
+    return encode(
+        Columns(
+            timestamps=np.array(events.timestamps, np.int64),
+            items=[str(item) for item in events.items] if strings else np.array(events.items, np.int64),
+            names=list(codes),
+            codes=np.fromiter((codes[name] for name in events.actions), np.uint16, len(events.actions)),
+            digests=np.array(events.digests, np.uint64),
+        )
+    )
+
+
+def joined(stored: StoredHistory | None, fresh: StoredHistory) -> StoredHistory:
+    """A history with events that may not be in it yet, by the rules of `merged` for events without an id.
+
+    Args:
+        stored: the history; None for a user that is not known.
+        fresh: the events, as many actions as items.
+    """
+    if stored is None:
+        return fresh
+    events = _Events()
+    events.extend(stored.items, stored.actions, stored.timestamps)
+    events.digests += [NO_EVENT_ID] * len(events.items)
+    items = fresh.items.tolist() if isinstance(fresh.items, np.ndarray) else fresh.items
+    for item, action, timestamp in zip(items, fresh.actions, fresh.timestamps.tolist(), strict=True):
+        events.add(item, action, timestamp, NO_EVENT_ID)
+    return StoredHistory(
+        items=events.items,  # type: ignore[arg-type]
+        actions=events.actions,
+        timestamps=np.array(events.timestamps, np.int64),
+    )

@@ -1,0 +1,155 @@
+"""Recorded histories: users' last events, in a folder of this machine or in a shared Redis."""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from retrieval.errors import InputError
+from retrieval.histories.blobs import Blobs
+from retrieval.histories.codec import Columns, Entry, decode, encode, event_digest, history_of, merged
+from retrieval.histories.commit import GroupCommit
+from retrieval.histories.event import Event
+from retrieval.histories.store import StoredHistory
+
+__all__ = ["MAX_EVENTS", "MAX_ID_BYTES", "RecordedHistories", "open_histories"]
+
+MAX_EVENTS = 1000
+"""Events that are kept per user, unless a store is made with another number."""
+
+MAX_ID_BYTES = 500
+"""Length of a user's or an item's id in UTF-8, at most."""
+
+_FORMAT = 1
+# No user's key begins so.
+_SETTINGS = b"\0settings"
+_INTEGER = struct.Struct(">Q")
+
+
+def open_histories(place: str, max_events: int | None = None) -> "RecordedHistories":
+    """Open a store of histories, or make it.
+
+    Args:
+        place: a folder, or the URL of a Redis database, `redis://…` or `rediss://…`.
+        max_events: events per user that a new store keeps; None is `MAX_EVENTS`.
+
+    Raises:
+        InputError: the place cannot hold histories, or holds some with another `max_events`.
+        HistoryStoreError: the place cannot be read or written.
+    """
+    blobs: Blobs
+    if place.startswith(("redis:", "rediss:")):
+        try:
+            from retrieval.histories.shared import SharedBlobs
+        except ModuleNotFoundError:
+            raise InputError("histories in Redis need its client: pip install 'retrieval[redis]'") from None
+        blobs = SharedBlobs(place)
+    else:
+        from retrieval.histories.embedded import EmbeddedBlobs
+
+        blobs = EmbeddedBlobs(Path(place))
+    try:
+        return RecordedHistories(blobs, max_events)
+    except BaseException:
+        blobs.close()
+        raise
+
+
+class RecordedHistories:
+    """A `HistoryStore` over bytes by key.
+
+    Args:
+        blobs: where histories lie; closed with this object.
+        max_events: events per user that a new store keeps; None is `MAX_EVENTS`.
+
+    Raises:
+        InputError: the store has another format, or another `max_events`.
+        HistoryStoreError: the store cannot be read or written.
+
+    Attributes:
+        max_events: events per user that are kept, the latest ones.
+    """
+
+    def __init__(self, blobs: Blobs, max_events: int | None = None) -> None:
+        if max_events is not None and max_events < 1:
+            raise InputError(f"max_events must be at least 1, not {max_events}")
+        self._blobs = blobs
+        made = json.dumps({"format": _FORMAT, "max_events": max_events or MAX_EVENTS}).encode()
+        blobs.update([_SETTINGS], lambda _, held: held if held is not None else made)
+        settings = json.loads(blobs.get(_SETTINGS) or b"{}")
+        if settings.get("format") != _FORMAT:
+            raise InputError(
+                f"the store of histories has format {settings.get('format')!r}; this version reads {_FORMAT}"
+            )
+        self.max_events: int = settings["max_events"]
+        if max_events not in (None, self.max_events):
+            raise InputError(f"the store of histories was made for {self.max_events} events per user, not {max_events}")
+        self._commit = GroupCommit(self._record)
+
+    def read(self, user_id: int | str) -> StoredHistory | None:
+        """See `HistoryStore`."""
+        key = _key(user_id)
+        content = self._blobs.get(key) if key is not None else None
+        return history_of(decode(content)) if content is not None else None
+
+    def append(self, events: Sequence[Event]) -> "Future[None]":
+        """See `HistoryStore`."""
+        return self._commit.submit(events)
+
+    def _record(self, events: Sequence[Event]) -> None:
+        entries: dict[bytes, list[Entry]] = {}
+        for event in events:
+            key = _key(event.user_id)
+            assert key is not None, "ids are checked before they come here"
+            entry = (event.item_id, event.action, event.timestamp, event_digest(event.event_id))
+            entries.setdefault(key, []).append(entry)
+        self._blobs.update(list(entries), lambda key, held: merged(held, entries[key], self.max_events))
+
+    def fill(self, histories: Mapping[int | str, Columns]) -> None:
+        """Add whole histories; durable at the return. What is held already is not added again.
+
+        Args:
+            histories: by user id; ascending times, no repeats.
+
+        Raises:
+            InputError: a user's id is too long.
+            HistoryStoreError: they cannot be written.
+        """
+        by_key: dict[bytes, Columns] = {}
+        for user_id, columns in histories.items():
+            key = _key(user_id)
+            if key is None:
+                raise InputError(f"user {str(user_id)[:60]!r}…: ids have at most {MAX_ID_BYTES} bytes")
+            by_key[key] = columns
+
+        def change(key: bytes, held: bytes | None) -> bytes:
+            columns = by_key[key]
+            if held is None and len(columns.timestamps) <= self.max_events:
+                return encode(columns)
+            return merged(held, _entries(columns), self.max_events)
+
+        self._blobs.update(list(by_key), change)
+
+    def close(self) -> None:
+        """See `HistoryStore`."""
+        self._commit.close()
+        self._blobs.close()
+
+
+def _entries(columns: Columns) -> Iterable[Entry]:
+    items = columns.items if isinstance(columns.items, list) else columns.items.tolist()
+    actions = [columns.names[code] for code in columns.codes.tolist()]
+    return zip(items, actions, columns.timestamps.tolist(), columns.digests.tolist(), strict=True)
+
+
+def _key(user_id: int | str) -> bytes | None:
+    """Where a user's history lies; None for what is no id. 7 and "7" are two users."""
+    if isinstance(user_id, str):
+        try:
+            text = user_id.encode()
+        except UnicodeEncodeError:
+            return None
+        return b"s" + text if len(text) <= MAX_ID_BYTES else None
+    # Ascending as bytes, too, so that a dataset's users are written in the order of the tree.
+    return b"i" + _INTEGER.pack(user_id + 2**63) if -(2**63) <= user_id < 2**63 else None
