@@ -107,7 +107,7 @@ def check(name: str, snapshot: Snapshot, queries: Queries, answers: list[bytes])
         rows = snapshot.vocabulary.rows_of(answer.items)
         if len(set(answer.items)) != K or np.abs(scores[rows] - answer.scores).max() > _ROUNDING:
             raise WrongAnswerError(f"{name}: scores are not those of the items")
-        found += np.count_nonzero(scores[rows] >= np.partition(scores, -K)[-K] - _ROUNDING)
+        found += int(np.count_nonzero(scores[rows] >= np.partition(scores, -K)[-K] - _ROUNDING))
     recall = found / (K * len(answers))
     if recall < (1.0 if exact else _LEAST_RECALL):
         raise WrongAnswerError(f"{name}: recall is {recall:.3f}")

@@ -181,7 +181,7 @@ def damaged_registry(work: Path, folder: Path) -> Path:
         ("evaluate {work}/dataset {work}/run --search nprobe", 2, "is not NAME=VALUE"),
         ("publish {work}/dataset {work}/run --registry {tmp}/g --index Nonsense", 2, "could not parse"),
         ("snapshots show {tmp}/none", 1, "holds no live snapshot yet"),
-        ("snapshots verify {damaged}", 1, "index.faiss: has"),
+        ("snapshots verify {damaged}", 1, "index.faiss: is cut short"),
         ("snapshots rollback {work}/registry 000077-000000000000", 1, "has no version"),
         ("serve {work}/registry --histories {work}/dataset", 2, "is a dataset, not a store of histories"),
         ("serve {work}/registry --histories {work}/run", 2, "holds something else"),

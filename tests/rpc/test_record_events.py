@@ -34,7 +34,7 @@ LATER = START + 10_000_000
 def recording(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RetrievalClient]:
     """A client of a server whose store is empty."""
     folder = tmp_path_factory.mktemp("recording")
-    config = ServerConfig(registry=world.registry.path, port=0)
+    config = ServerConfig(registry=world.registry.location, port=0)
     with (
         closing(open_histories(str(folder / "store"))) as store,
         running_server(config, store) as address,
@@ -46,7 +46,7 @@ def recording(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def events_of(user: int | str, history: History) -> list[Event]:
     names = history.actions or [""] * len(history.items)
     return [
-        Event(user_id=user, item_id=item, action=action, timestamp=time, event_id=f"{place}")
+        Event(user_id=user, item_id=cast("int | str", item), action=action, timestamp=time, event_id=f"{place}")
         for place, (item, action, time) in enumerate(zip(history.items, names, history.timestamps, strict=True))
     ]
 
@@ -174,7 +174,7 @@ def test_messages_that_no_client_of_ours_sends_are_named(recording: RetrievalCli
 
 
 def test_a_server_without_histories_records_nothing(integer_world: World) -> None:
-    config = ServerConfig(registry=integer_world.registry.path, port=0)
+    config = ServerConfig(registry=integer_world.registry.location, port=0)
     with (
         running_server(config) as address,
         RetrievalClient(address, timeout=10) as client,
@@ -233,7 +233,7 @@ class StuckHistories:
 
 def test_a_disk_that_hangs_refuses_events_but_no_candidates(integer_world: World) -> None:
     store = StuckHistories()
-    config = ServerConfig(registry=integer_world.registry.path, port=0, capacity=3)
+    config = ServerConfig(registry=integer_world.registry.location, port=0, capacity=3)
     with (
         running_server(config, store) as address,
         RetrievalClient(address, timeout=20) as client,
@@ -268,7 +268,7 @@ SERVER = textwrap.dedent("""
 
 
 @contextmanager
-def process(registry: Path, store: Path) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+def process(registry: Path | str, store: Path) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     command = [sys.executable, "-c", SERVER, str(registry), str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -297,7 +297,7 @@ def test_every_acknowledged_event_outlives_a_killed_server(integer_world: World,
                 enough.set()
 
     with (
-        process(integer_world.registry.path, tmp_path / "store") as (address, running),
+        process(integer_world.registry.location, tmp_path / "store") as (address, running),
         RetrievalClient(address, timeout=30) as client,
         ThreadPoolExecutor(8) as pool,
     ):
@@ -309,7 +309,7 @@ def test_every_acknowledged_event_outlives_a_killed_server(integer_world: World,
         for writer in writers:
             writer.result(60)
     with (
-        process(integer_world.registry.path, tmp_path / "store") as (address, _),
+        process(integer_world.registry.location, tmp_path / "store") as (address, _),
         RetrievalClient(address, 10) as client,
     ):
         events = client.embed_users([StoredUser(user) for user in (*range(8), 99)])

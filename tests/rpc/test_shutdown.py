@@ -28,7 +28,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 @contextmanager
-def process(registry: Path, drain_seconds: float) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+def process(registry: Path | str, drain_seconds: float) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     command = [sys.executable, "-c", SERVER, str(registry), str(drain_seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from obstore.store import MemoryStore
 
 from retrieval.errors import (
     ConfigError,
@@ -33,11 +32,8 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Elsewhere:
     """Opens the same registry as a machine of this name would."""
     if request.param == "folder":
         return lambda machine: Registry(tmp_path / "registry")
-    if request.param == "memory":
-        url, store = "memory://", MemoryStore()  # type: tuple[str, ObjectStore]
-    else:
-        url = request.getfixturevalue("s3_url")
-        store = object_store(url)
+    url = request.getfixturevalue("s3_url")
+    store = object_store(url)
     return lambda machine: Registry(url, ObjectStorage(url, store, tmp_path / machine, lease_seconds=1.0))
 
 
