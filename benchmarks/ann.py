@@ -1,0 +1,289 @@
+"""Recall against throughput of indexes and of what else a user could pick, in one run.
+
+    python -m benchmarks.ann --glove glove/glove50_100k_ann.npz [--threads 1]
+    python -m benchmarks.ann --items 1000000 --width 64
+
+Data: word vectors with queries of their own kind, or a synthetic catalogue: items around cluster centres that
+themselves lie around fewer centres, and users between two of them, since users' embeddings are not distributed like
+items. Ours are Faiss indexes as `retrieval.index` builds them, searched through its backend, and through `Searcher` at
+the setting that first reaches each target. Rivals: hnswlib, usearch and ScaNN, as far as they are installed.
+
+Recall@100 is compared by score with exact search, for every library by the item vectors themselves. Each library's
+search parameters are raised until recall reaches .99. Per setting: queries per second one at a time and in batches of
+64 and 256 (the best of three passes), seconds to build, bytes of the index where the library tells them. Exact search
+is also set against this run's measured limit: bytes read over the memory's bandwidth for one query, the products'
+arithmetic over the rate of a large matrix product for batches of 256.
+"""
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.harness import WrongAnswerError, append_rows, environment, limits
+from retrieval.index.backend import FaissBackend
+from retrieval.index.builder import apply_search_parameters, build_index
+from retrieval.index.searcher import Searcher
+from retrieval.index.spec import IndexSpec
+
+RESULTS = Path(__file__).parent / "results" / "ann.csv"
+K, TARGETS, ROUNDING = 100, (0.9, 0.95, 0.99), 1e-5
+BATCHES = (1, 64, 256)
+
+Vectors = NDArray[np.float32]
+Search = Callable[[Vectors], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One library at one setting: rows of the best K `[B, K]`, −1 where it found fewer."""
+
+    library: str
+    index: str
+    parameters: str
+    build_seconds: float
+    bytes: int | None
+    search: Search
+
+
+def main() -> None:
+    """Build, check, time, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glove", type=Path, help="glove50_100k_ann.npz")
+    parser.add_argument("--items", type=int, default=100_000, help="of a synthetic catalogue")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
+    parser.add_argument("--quick", action="store_true", help="5,000 items, no rows")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.items, parsed.queries = 5_000, 256
+    faiss.omp_set_num_threads(parsed.threads)
+    torch.set_num_threads(parsed.threads)
+    name, items, queries = _data(parsed)
+    thresholds = _thresholds(items, queries)
+    for library in parsed.libraries:
+        if importlib.util.find_spec(library if library in RIVALS else "faiss") is None:
+            print(f"{library}: is not installed, no rows", flush=True)
+            continue
+        for curve in LIBRARIES[library](items, parsed.threads):
+            for setting in curve:
+                row = _measure(setting, items, queries, thresholds, parsed.threads, name)
+                print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+                if not parsed.quick:
+                    append_rows(parsed.out, [row | environment(torch.device("cpu"))])
+                if float(str(row["recall"])) >= TARGETS[-1]:
+                    break
+
+
+def _data(parsed: argparse.Namespace) -> tuple[str, Vectors, Vectors]:
+    if parsed.glove is not None:
+        with np.load(parsed.glove) as arrays:
+            items, queries = (arrays[part].astype(np.float32) for part in ("base", "queries"))
+        return "glove", _unit(items), _unit(queries[: parsed.queries])
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(100, parsed.width))[rng.integers(0, 100, 5000)]
+    centres = centres + 0.7 * rng.normal(size=centres.shape)
+    items = np.empty((parsed.items, parsed.width), np.float32)
+    for start in range(0, parsed.items, 1 << 16):
+        part = items[start : start + (1 << 16)]
+        part[:] = centres[rng.integers(0, 5000, len(part))] + 0.7 * rng.normal(size=part.shape)
+    tastes = centres[rng.integers(0, 5000, (parsed.queries, 2))].sum(1)
+    users = tastes + 0.7 * rng.normal(size=tastes.shape)
+    return f"synthetic {parsed.items}x{parsed.width}", _unit(items), _unit(users.astype(np.float32))
+
+
+def _unit(x: Vectors) -> Vectors:
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return np.ascontiguousarray(x)
+
+
+def _thresholds(items: Vectors, queries: Vectors) -> Vectors:
+    """Score of each query's K-th best item, by plain matrix products."""
+    found = np.empty(len(queries), np.float32)
+    step = max(1, (1 << 26) // len(items))
+    for start in range(0, len(queries), step):
+        scores = queries[start : start + step] @ items.T
+        found[start : start + step] = np.partition(scores, len(items) - K, axis=1)[:, len(items) - K]
+    return found
+
+
+def _measure(
+    setting: Setting, items: Vectors, queries: Vectors, thresholds: Vectors, threads: int, name: str
+) -> dict[str, object]:
+    rows = np.concatenate([setting.search(queries[start : start + 256]) for start in range(0, len(queries), 256)])
+    if rows.shape != (len(queries), K) or any(len(set(row[row >= 0])) < (row >= 0).sum() for row in rows):
+        raise WrongAnswerError(f"{setting.library} {setting.index}: answers are not {K} different items")
+    scores = np.einsum("bkd,bd->bk", items[np.maximum(rows, 0)], queries)
+    recall = float(((scores >= thresholds[:, None] - ROUNDING) & (rows >= 0)).mean())
+    if setting.index == "Flat" and recall < 1:
+        raise WrongAnswerError(f"{setting.library}: exact search has recall {recall}")
+    rates = {batch: _rate(setting.search, queries, batch) for batch in BATCHES}
+    fractions: dict[str, object] = {"single_of_limit": "", "batch_of_limit": ""}
+    if setting.index == "Flat":
+        limit = limits(torch.device("cpu"), torch.float32, False)
+        # The copy's figure counts what is read and what is written.
+        fractions["single_of_limit"] = round(rates[1] * items.nbytes / 1e9 / limit.copy_gbytes, 3)
+        fractions["batch_of_limit"] = round(rates[256] * 2 * items.size / 1e12 / limit.gemm_tflops, 3)
+    return {
+        "data": name,
+        "library": setting.library,
+        "index": setting.index,
+        "parameters": setting.parameters,
+        "threads": threads,
+        "recall": round(recall, 4),
+        **{f"queries_per_second_{batch}": round(rate) for batch, rate in rates.items()},
+        **fractions,
+        "build_seconds": round(setting.build_seconds, 1),
+        "index_mb": "" if setting.bytes is None else round(setting.bytes / 1e6, 1),
+    }
+
+
+def _rate(search: Search, queries: Vectors, batch: int) -> float:
+    asked = queries[:200] if batch == 1 else queries[: len(queries) // batch * batch]
+    best = np.inf
+    for _ in range(3):
+        begun = time.perf_counter()
+        for start in range(0, len(asked), batch):
+            search(asked[start : start + batch])
+        best = min(best, time.perf_counter() - begun)
+    return len(asked) / best
+
+
+def _ours(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
+    """Faiss as `retrieval.index` builds it, by its backend."""
+    lists = min(int(2 ** np.round(np.log2(4 * np.sqrt(len(items))))), len(items) // 39)
+    codes = items.shape[1] // 2
+    probes = [{"nprobe": float(n)} for n in (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024) if n <= lists]
+    refined = [{**one, "k_factor_rf": factor} for factor in (4.0, 8.0) for one in probes]
+    efforts = [{"efSearch": float(n)} for n in (100, 150, 200, 300, 400, 600, 800, 1600)]
+    kinds: list[tuple[str, list[dict[str, float]]]] = [
+        ("Flat", [{}]),
+        (f"IVF{lists},Flat", probes),
+        (f"IVF{lists},PQ{codes}x4fsr,Refine(SQfp16)", refined),
+        ("HNSW32", efforts),
+    ]
+    for factory, searches in kinds:
+        begun = time.perf_counter()
+        index = build_index(items, IndexSpec(factory=factory))
+        seconds = time.perf_counter() - begun
+        size = int(faiss.serialize_index(index).nbytes)
+        yield _faiss_settings(index, items, factory, searches, seconds, size)
+
+
+def _faiss_settings(
+    index: faiss.Index,
+    items: Vectors,
+    factory: str,
+    searches: list[dict[str, float]],
+    seconds: float,
+    size: int,
+) -> Iterator[Setting]:
+    for search in searches:
+        spec = IndexSpec(factory=factory, search=search)
+        apply_search_parameters(index, spec)
+        backend = FaissBackend(index, items, spec)
+        searcher = Searcher(backend, np.arange(len(items)))
+        shown = " ".join(f"{name}={value:g}" for name, value in search.items())
+        ways: dict[str, Search] = {
+            "ours, Searcher": lambda asked, searcher=searcher: searcher.search(asked, [K] * len(asked)).rows,  # type: ignore[misc]
+            "ours": lambda asked, backend=backend: backend.search(asked, K).rows,  # type: ignore[misc]
+        }
+        for library, way in ways.items():
+            yield Setting(library, factory, shown, seconds, size, way)
+
+
+def _hnswlib(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
+    import hnswlib
+
+    index: Any = hnswlib.Index("ip", items.shape[1])
+    begun = time.perf_counter()
+    index.init_index(len(items), M=32, ef_construction=200)
+    index.set_num_threads(threads)
+    index.add_items(items)
+    seconds = time.perf_counter() - begun
+
+    def settings() -> Iterator[Setting]:
+        for effort in (100, 150, 200, 300, 400, 600, 800, 1600):
+            index.set_ef(effort)
+            search = lambda asked: index.knn_query(asked, K)[0].astype(np.int64)  # noqa: E731
+            yield Setting("hnswlib", "HNSW M=32", f"ef={effort}", seconds, index.index_file_size(), search)
+
+    yield settings()
+
+
+def _usearch(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
+    from usearch.index import Index
+
+    index: Any = Index(ndim=items.shape[1], metric="ip", dtype="f32", connectivity=32, expansion_add=200)
+    begun = time.perf_counter()
+    index.add(np.arange(len(items)), items, threads=threads)
+    seconds = time.perf_counter() - begun
+
+    def search(asked: Vectors) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = index.search(asked, K, threads=threads).keys.astype(np.int64).reshape(len(asked), K)
+        return rows
+
+    def settings() -> Iterator[Setting]:
+        for effort in (100, 150, 200, 300, 400, 600, 800, 1600):
+            index.expansion_search = effort
+            size = index.serialized_length
+            yield Setting("usearch", "HNSW M=32", f"expansion={effort}", seconds, size, search)
+
+    yield settings()
+
+
+def _scann(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
+    import scann
+
+    leaves = min(max(int(np.sqrt(len(items)) * 1.25), 10), len(items) // 50)
+    begun = time.perf_counter()
+    builder: Any = scann.scann_ops_pybind.builder(items, K, "dot_product").set_n_training_threads(threads)
+    builder = builder.tree(leaves, leaves, training_sample_size=min(len(items), 250_000))
+    index: Any = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(K).build()
+    seconds = time.perf_counter() - begun
+    index.set_num_threads(threads)
+
+    def settings() -> Iterator[Setting]:
+        for reorder in (3, 5, 8):
+            for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8):
+                effort = {
+                    "leaves_to_search": max(1, round(share * leaves)),
+                    "pre_reorder_num_neighbors": reorder * K,
+                }
+
+                def search(asked: Vectors, effort: dict[str, int] = effort) -> NDArray[np.int64]:
+                    if len(asked) == 1 or threads == 1:
+                        rows, scores = index.search_batched(asked, **effort)
+                    else:
+                        size = -(-len(asked) // threads)
+                        rows, scores = index.search_batched_parallel(asked, **effort, batch_size=size)
+                    return np.where(np.isfinite(scores), rows.astype(np.int64), -1)
+
+                shown = " ".join(f"{name}={value}" for name, value in effort.items())
+                yield Setting("ScaNN", f"tree {leaves}, AH 2", shown, seconds, None, search)
+
+    yield settings()
+
+
+RIVALS = ("hnswlib", "usearch", "scann")
+LIBRARIES: dict[str, Callable[[Vectors, int], Iterator[Iterator[Setting]]]] = {
+    "ours": _ours,
+    "hnswlib": _hnswlib,
+    "usearch": _usearch,
+    "scann": _scann,
+}
+
+
+if __name__ == "__main__":
+    main()
