@@ -58,7 +58,8 @@ class Searcher:
         if changes is None:
             nothing = np.empty((0, backend.width), np.float32)
             changes = Changes(vectors=nothing, withdrawn=np.empty(0, np.int64), attributes=None)
-        count, added = backend.count, len(changes.vectors)
+        self._count = count = backend.count
+        added = len(changes.vectors)
         assert len(tie_rank) == count + added
         assert changes.vectors.shape[1] == backend.width
         assert attributes is None or len(attributes) == count
@@ -113,7 +114,7 @@ class Searcher:
             FilterError: as `check`.
         """
         found = np.zeros(rows.shape, bool)
-        count = self._backend.count
+        count = self._count
         for part, begin, end in ((self._indexed, 0, count), (self._added, count, len(self))):
             inside = (rows >= begin) & (rows < end)
             found[inside] = in_bitmap(part.eligible(filter_).bitmap, rows[inside] - begin)
@@ -154,12 +155,14 @@ class Searcher:
             plans=np.zeros(shape[0], np.int8),
             eligible=np.zeros(shape[0], np.int64),
         )
+        if filters is None:
+            self._search_group(batch, np.arange(len(queries)), None, answers, exact)
+            return answers
         groups: dict[str, list[int]] = {}
-        for b, filter_ in enumerate(filters if filters is not None else [None] * len(queries)):
+        for b, filter_ in enumerate(filters):
             groups.setdefault(str(filter_), []).append(b)
         for members in groups.values():
-            filter_ = filters[members[0]] if filters is not None else None
-            self._search_group(batch, np.array(members), filter_, answers, exact)
+            self._search_group(batch, np.array(members), filters[members[0]], answers, exact)
         return answers
 
     def _search_group(
@@ -172,8 +175,8 @@ class Searcher:
     ) -> None:
         """Answer the queries of one filter."""
         indexed, added = (part.eligible(filter_) for part in (self._indexed, self._added))
-        lost_indexed = batch.excluded_of(indexed, 0, self._backend.count)
-        lost_added = batch.excluded_of(added, self._backend.count, len(self))
+        lost_indexed = batch.excluded_of(indexed, 0, self._count)
+        lost_added = batch.excluded_of(added, self._count, len(self))
         from_index = np.minimum(batch.ks, indexed.count - lost_indexed)
         eligible = indexed.count + added.count - lost_indexed - lost_added
         goal = _Goal(
@@ -217,22 +220,23 @@ class Searcher:
         queries = batch.queries[members]
         found = self._fetch(queries, goal, step, fetch_added)
         keep = found.rows >= 0
-        keep &= ~batch.excludes(members, found.rows)
-        if step.plan is Plan.INDEX:
-            keep &= goal.includes(np.maximum(found.rows, 0), self._backend.count)
+        if len(batch.keys):
+            keep &= ~batch.excludes(members, found.rows)
+        if step.plan is Plan.INDEX and goal.indexed.count < self._count:
+            keep &= goal.includes(np.maximum(found.rows, 0), self._count)
         wanted, from_index = goal.wanted[members], goal.from_index[members]
         whole = step.plan is Plan.SCAN and step.fetch == goal.indexed.count and fetch_added == goal.added.count
         width = found.rows.shape[1] if whole else min(found.rows.shape[1], int(wanted.max()) + spare)
         kept = found.compact(keep, width)
-        full = np.count_nonzero(keep & (found.rows < self._backend.count), axis=1) >= from_index
+        of_index = keep & (found.rows < self._count) if fetch_added else keep
+        full = np.count_nonzero(of_index, axis=1) >= from_index
         full &= np.count_nonzero(kept.rows >= 0, axis=1) >= wanted
-        last = np.minimum(wanted, width) - 1
+        places, last = np.arange(len(members)), np.minimum(wanted, width) - 1
         margin = _ROUNDING * np.linalg.norm(queries, axis=1)
-        settled = full & (np.take_along_axis(kept.scores, last[:, None], axis=1)[:, 0] > kept.cut + margin)
+        settled = full & (kept.scores[places, last] > kept.cut + margin)
         rows, scores = self._ordered(queries, kept.rows)
         if step.plan is Plan.SELECTOR:
-            lowest = np.take_along_axis(scores, last[:, None], axis=1)[:, 0]
-            settled &= ~self._planner.too_deep(queries, lowest, step, goal.indexed.count)
+            settled &= ~self._planner.too_deep(queries, scores[places, last], step, goal.indexed.count)
         columns = np.arange(min(width, answers.rows.shape[1]))
         answered = (columns < wanted[:, None]) & settled[:, None]
         b, c = np.nonzero(answered)
@@ -246,20 +250,20 @@ class Searcher:
         parts = []
         if step.fetch:
             if step.plan is Plan.SCAN:
-                rows = goal.indexed.rows if goal.indexed.count < self._backend.count else None
+                rows = goal.indexed.rows if goal.indexed.count < self._count else None
                 parts.append(scan(self._backend.vectors, queries, step.fetch, rows))
                 limit = goal.indexed.count
             else:
                 allowed = goal.indexed.bitmap if step.plan is Plan.SELECTOR else None
                 found = self._backend.search(queries, step.fetch, allowed=allowed, effort=step.effort)
                 parts.append((found.rows, found.scores))
-                limit = self._backend.count
+                limit = self._count
             if step.fetch < limit:
                 # Whatever was not fetched scores no better than the last that was; −∞ where there was no last.
                 np.copyto(cut, parts[0][1][:, -1], where=parts[0][0][:, -1] >= 0)
         if fetch_added:
             rows, scores = scan(self._added.vectors, queries, fetch_added, goal.added.rows)
-            parts.append((rows + self._backend.count, scores))
+            parts.append((rows + self._count, scores))
             if fetch_added < goal.added.count:
                 cut = np.maximum(cut, scores[:, -1])
         if len(parts) == 1:
@@ -272,9 +276,11 @@ class Searcher:
         self, queries: NDArray[np.float32], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Candidates with their true scores, best first, equal ones by tie rank; −1 come last."""
-        gathered = np.asarray(self._backend.vectors[np.where(rows < self._backend.count, rows, 0)], np.float32)
-        added = np.nonzero(rows >= self._backend.count)
-        gathered[added] = self._added.vectors[rows[added] - self._backend.count]
+        indexed = np.where(rows < self._count, rows, 0) if len(self) > self._count else rows
+        gathered = np.asarray(self._backend.vectors[indexed], np.float32)
+        if indexed is not rows:
+            added = np.nonzero(rows >= self._count)
+            gathered[added] = self._added.vectors[rows[added] - self._count]
         # Not a matrix product: its rounding would depend on where in the matrix an item stands.
         scores = np.einsum("bfd,bd->bf", gathered, queries)
         scores[rows < 0] = -np.inf
@@ -348,6 +354,9 @@ class _Candidates:
 
     def compact(self, keep: NDArray[np.bool_], width: int) -> "_Candidates":
         """The first `width` that are kept, `[B, width]`."""
+        if keep.all():
+            cut = self.cut if width == keep.shape[1] else np.maximum(self.cut, self.scores[:, width])
+            return _Candidates(self.rows[:, :width], self.scores[:, :width], cut)
         place = np.cumsum(keep, axis=1) - 1
         b, f = np.nonzero(keep & (place < width))
         rows = np.full((len(keep), width), -1, np.int64)
@@ -396,14 +405,14 @@ class _Batch:
 
     def excluded_of(self, eligible: Eligible, begin: int, end: int) -> NDArray[np.int64]:
         """How many of the eligible rows of `begin:end` each query excludes, int64 `[B]`."""
+        if len(self.rows) == 0:
+            return np.zeros(len(self.queries), np.int64)
         inside = (self.rows >= begin) & (self.rows < end)
         owners = self.owners[inside][in_bitmap(eligible.bitmap, self.rows[inside] - begin)]
         return np.bincount(owners, minlength=len(self.queries))
 
     def excludes(self, members: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some queries' rows `[members, F]` they exclude."""
-        if len(self.keys) == 0:
-            return np.zeros(rows.shape, bool)
+        """Which of some queries' rows `[members, F]` they exclude; there are excluded rows."""
         keys = members[:, None] * self.span + rows
         places = np.minimum(np.searchsorted(self.keys, keys.ravel()), len(self.keys) - 1)
         return (self.keys[places] == keys.ravel()).reshape(rows.shape)
