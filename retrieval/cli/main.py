@@ -8,14 +8,27 @@ import sys
 from collections.abc import Sequence
 
 from retrieval import __version__
-from retrieval.cli import demo, evaluate, histories, ingest, publish, query, rebuild, serve, snapshots, train, world
+from retrieval.cli import (
+    demo,
+    evaluate,
+    histories,
+    ingest,
+    publish,
+    query,
+    rebuild,
+    schedule,
+    serve,
+    snapshots,
+    train,
+    world,
+)
 from retrieval.errors import RetrievalError
 
 __all__ = ["main"]
 
 # In the order in which a new user meets them. Command modules import torch, faiss and the like only when they run,
 # so that help and usage errors are immediate.
-_COMMANDS = (demo, world, ingest, train, evaluate, publish, rebuild, serve, query, histories, snapshots)
+_COMMANDS = (demo, world, ingest, train, evaluate, publish, rebuild, schedule, serve, query, histories, snapshots)
 
 
 def build_parser() -> argparse.ArgumentParser:

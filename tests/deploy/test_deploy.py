@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from retrieval.cli.main import main
+from retrieval.cli.main import build_parser, main
+from retrieval.errors import GateRefusedError, InputError, RetrievalError
 from retrieval.rpc.metrics import Metrics
 from retrieval.rpc.server import SERVICE
 
@@ -84,6 +85,27 @@ def test_the_options_that_are_given_to_the_server_exist(
     given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     assert given, file
     assert [option for option in given if option not in known] == []
+
+
+def rebuilds() -> list[tuple[str, list[str]]]:
+    (container,) = manifest("rebuild-cronjob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    dag = (DEPLOY / "airflow" / "rebuild_dag.py").read_text(encoding="utf-8")
+    (line,) = re.findall(r'^REBUILD = "retrieval (.*)"$', dag, re.MULTILINE)
+    return [("CronJob", container["args"]), ("DAG", line.split())]
+
+
+@pytest.mark.parametrize(("file", "arguments"), rebuilds())
+def test_the_rebuilds_that_are_scheduled_are_commands(file: str, arguments: list[str]) -> None:
+    parsed = build_parser().parse_args(arguments)
+    assert (str(parsed.events), parsed.registry, str(parsed.work)) == ("/events", "/registry", "/work"), file
+
+
+def test_a_night_that_retrying_cannot_mend_is_not_retried() -> None:
+    job = manifest("rebuild-cronjob")["spec"]
+    assert job["concurrencyPolicy"] == "Forbid"
+    (rule,) = job["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    codes = {RetrievalError.exit_code, InputError.exit_code, GateRefusedError.exit_code}
+    assert codes - {RetrievalError.exit_code} == set(rule["onExitCodes"]["values"]) == {2, 3}
 
 
 def test_the_container_does_not_run_as_root() -> None:
