@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -46,7 +46,7 @@ def recording(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def events_of(user: int | str, history: History) -> list[Event]:
     names = history.actions or [""] * len(history.items)
     return [
-        Event(user_id=user, item_id=item, action=action, timestamp=time, event_id=f"{place}")
+        Event(user_id=user, item_id=cast("int | str", item), action=action, timestamp=time, event_id=f"{place}")
         for place, (item, action, time) in enumerate(zip(history.items, names, history.timestamps, strict=True))
     ]
 
