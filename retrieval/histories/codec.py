@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from retrieval.errors import HistoryCorruptError
 from retrieval.histories.store import StoredHistory
 
-__all__ = ["NO_EVENT_ID", "Columns", "Entry", "decode", "encode", "event_digest", "history_of", "joined", "merged"]
+__all__ = [
+    "NO_EVENT_ID",
+    "Columns",
+    "Entry",
+    "decode",
+    "encode",
+    "event_digest",
+    "filled",
+    "history_of",
+    "joined",
+    "merged",
+]
 
 NO_EVENT_ID = 0
 """Digest of an event that has no id."""
@@ -215,6 +226,47 @@ def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> 
             digests=np.array(events.digests, np.uint64),
         )
     )
+
+
+def filled(content: bytes | None, columns: Columns, max_events: int) -> bytes:
+    """As `merged` for a whole history of events that have no ids, but quick where most of it is held already.
+
+    Raises:
+        HistoryCorruptError: the bytes are no history.
+    """
+    start = 0
+    if content is None:
+        if len(columns.timestamps) <= max_events:
+            return encode(columns)
+    else:
+        held = decode(content)
+        if len(held.timestamps) >= max_events:
+            # Those before would fall out at once.
+            start = int(np.searchsorted(columns.timestamps, held.timestamps[0]))
+        start += _equal_at_the_start(held, columns, start)
+        if start == len(columns.timestamps):
+            return content
+    actions = [columns.names[code] for code in columns.codes[start:].tolist()]
+    items = columns.items[start:] if isinstance(columns.items, list) else columns.items[start:].tolist()
+    times = columns.timestamps[start:].tolist()
+    return merged(content, zip(items, actions, times, [NO_EVENT_ID] * len(times), strict=True), max_events)
+
+
+def _equal_at_the_start(held: Columns, columns: Columns, start: int) -> int:
+    """How many events from `start` on are the first ones held, in the same order."""
+    count = min(len(held.timestamps), len(columns.timestamps) - start)
+    part = slice(start, start + count)
+    code_of = {name: code for code, name in enumerate(held.names)}
+    codes = np.array([code_of.get(name, -1) for name in columns.names], np.int64)
+    equal = (held.timestamps[:count] == columns.timestamps[part]) & (held.codes[:count] == codes[columns.codes[part]])
+    if isinstance(held.items, list) and isinstance(columns.items, list):
+        pairs = zip(held.items[:count], columns.items[part], strict=True)
+        equal &= np.fromiter((one == other for one, other in pairs), bool, count)
+    elif isinstance(held.items, list) or isinstance(columns.items, list):
+        return 0
+    else:
+        equal &= held.items[:count] == columns.items[part]
+    return count if equal.all() else int(equal.argmin())
 
 
 def joined(stored: StoredHistory | None, fresh: StoredHistory) -> StoredHistory:

@@ -2,13 +2,13 @@
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 from retrieval.errors import InputError
 from retrieval.histories.blobs import Blobs
-from retrieval.histories.codec import Columns, Entry, decode, encode, event_digest, history_of, merged
+from retrieval.histories.codec import Columns, Entry, decode, event_digest, filled, history_of, merged
 from retrieval.histories.commit import GroupCommit
 from retrieval.histories.event import Event
 from retrieval.histories.store import StoredHistory
@@ -110,7 +110,7 @@ class RecordedHistories:
         """Add whole histories; durable at the return. What is held already is not added again.
 
         Args:
-            histories: by user id; ascending times, no repeats.
+            histories: by user id; ascending times, no repeats, no ids of events.
 
         Raises:
             InputError: a user's id is too long.
@@ -123,24 +123,12 @@ class RecordedHistories:
                 raise InputError(f"user {str(user_id)[:60]!r}…: ids have at most {MAX_ID_BYTES} bytes")
             by_key[key] = columns
 
-        def change(key: bytes, held: bytes | None) -> bytes:
-            columns = by_key[key]
-            if held is None and len(columns.timestamps) <= self.max_events:
-                return encode(columns)
-            return merged(held, _entries(columns), self.max_events)
-
-        self._blobs.update(list(by_key), change)
+        self._blobs.update(list(by_key), lambda key, held: filled(held, by_key[key], self.max_events))
 
     def close(self) -> None:
         """See `HistoryStore`."""
         self._commit.close()
         self._blobs.close()
-
-
-def _entries(columns: Columns) -> Iterable[Entry]:
-    items = columns.items if isinstance(columns.items, list) else columns.items.tolist()
-    actions = [columns.names[code] for code in columns.codes.tolist()]
-    return zip(items, actions, columns.timestamps.tolist(), columns.digests.tolist(), strict=True)
 
 
 def _key(user_id: int | str) -> bytes | None:

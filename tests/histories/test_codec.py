@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.errors import HistoryCorruptError
-from retrieval.histories.codec import Columns, Entry, decode, encode, event_digest, history_of, joined, merged
+from retrieval.histories.codec import (
+    Columns,
+    Entry,
+    decode,
+    encode,
+    event_digest,
+    filled,
+    history_of,
+    joined,
+    merged,
+)
 from retrieval.histories.store import StoredHistory
 
 
@@ -91,6 +101,23 @@ def test_a_repeat_by_id_changes_nothing_even_if_it_fell_out_among_equals() -> No
     assert entries_of(content) == [events[0], events[3]]
     for event in events:
         assert merged(content, [event], 2) == content
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    log=st.tuples(entries(INTEGERS), entries(INTEGERS)) | st.tuples(entries(STRINGS), entries(STRINGS | INTEGERS)),
+    cut=st.integers(0, 25),
+    bound=st.integers(1, 30),
+)
+def test_filling_is_recording_a_whole_log(log: tuple[list[Entry], list[Entry]], cut: int, bound: int) -> None:
+    """What is held is a part of the log, other events, or both."""
+    events, others = ([(*event[:3], 0) for event in part] for part in log)
+    columns = decode(merged(None, events, 100))
+    logged = entries_of(encode(columns))
+    for held in (None, merged(None, logged[:cut], bound), merged(None, [*logged[:cut], *log[1], *others], bound)):
+        assert entries_of(filled(held, columns, bound)) == entries_of(merged(held, logged, bound))
+    content = filled(None, columns, bound)
+    assert filled(content, columns, bound) == content
 
 
 @pytest.mark.parametrize("bad", [b"", b"\0" * 3, b"\xff" * 40, b"\0\0\1\0\1\0\0\0"])
