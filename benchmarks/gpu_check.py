@@ -4,8 +4,9 @@
     make gpu-check GPU_PYTHON=python3           with the packages of a machine that has them
     python3 -m benchmarks.gpu_check --quick --ops softmax_loss --no-compile
 
-The kernels' tests and all tests marked `gpu` run first; only if they pass are the kernels timed, and rows appended to
-benchmarks/results/kernels.csv. Options are those of `benchmarks.kernels`.
+The kernels' tests and all tests marked `gpu` run first; only if they pass are the kernels timed, then a
+layer beside a Transformer's, and rows appended to benchmarks/results/kernels.csv and layers.csv. Options are those of
+`benchmarks.kernels`.
 """
 
 import importlib.util
@@ -41,8 +42,11 @@ def main() -> int:
     if not (_pytest("tests/kernels") and _pytest("tests", "-m", "gpu")):
         print("gpu-check: tests failed; kernels that fail their tests are not timed", file=sys.stderr)
         return 1
-    command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", *sys.argv[1:]]
-    return subprocess.run(command, cwd=_ROOT, check=False).returncode
+    python = [sys.executable, "-m"]
+    kernels = subprocess.run([*python, "benchmarks.kernels", "--device", "cuda", *sys.argv[1:]], cwd=_ROOT, check=False)
+    quick = [option for option in sys.argv[1:] if option == "--quick"]
+    layers = subprocess.run([*python, "benchmarks.layers", "--device", "cuda", *quick], cwd=_ROOT, check=False)
+    return kernels.returncode or layers.returncode
 
 
 if __name__ == "__main__":
