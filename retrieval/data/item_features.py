@@ -4,11 +4,9 @@ Legend: N items, M features of all items together, F rows of the table of featur
 """
 
 import re
-import tomllib
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -52,19 +50,6 @@ class ItemFeatureSchema(Config):
     attributes: dict[str, ItemAttribute] = Field(min_length=1)
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     min_count: int = Field(default=1, ge=1)
-
-    @classmethod
-    def load(cls, path: Path) -> "ItemFeatureSchema":
-        """Read a TOML file.
-
-        Raises:
-            ConfigError: it cannot be read, or says what is unknown or impossible.
-        """
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
-        return cls.parse(values, str(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -62,21 +60,6 @@ def test_attributes_do_not_share_rows() -> None:
     assert of(features)[0][-1] == 50
     same = item_features(ITEMS, ItemFeatureSchema(attributes={"genres": genres, "year": year}))
     np.testing.assert_array_equal(features.features, same.features)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("attributes = {}", r"items\.toml: attributes"),
-        ('[attributes.genres]\nkind = "bag"', r"items\.toml: attributes\.genres\.kind"),
-        ('[attributes.genres]\nkind = "set"\ncolour = 1', r"items\.toml: attributes\.genres\.colour"),
-        ("[attributes", r"items\.toml: cannot be read as TOML"),
-    ],
-)
-def test_a_schema_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "items.toml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        ItemFeatureSchema.load(tmp_path / "items.toml")
 
 
 def test_a_column_that_does_not_fit_is_named() -> None:
