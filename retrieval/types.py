@@ -4,7 +4,7 @@ Legend of shape suffixes used across the project: B rows (users) of a batch, T t
 N items of the catalogue, D embedding width, K answers per query.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 
@@ -71,6 +71,20 @@ class SideRows:
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
 
+    @classmethod
+    def joined(cls, parts: Sequence["SideRows"]) -> "SideRows":
+        """All rows of several, at least one, of the same kinds."""
+        begins = np.cumsum([0, *(len(part.kinds) for part in parts)])
+        return cls(
+            num_kinds=parts[0].num_kinds,
+            context=np.concatenate([part.context for part in parts]),
+            kinds=np.concatenate([part.kinds for part in parts]),
+            values=np.concatenate([part.values for part in parts]),
+            timestamps=np.concatenate([part.timestamps for part in parts]),
+            starts=np.concatenate([part.starts + begin for part, begin in zip(parts, begins, strict=False)]),
+            ends=np.concatenate([part.ends + begin for part, begin in zip(parts, begins, strict=False)]),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JaggedBatch:
@@ -110,10 +124,9 @@ class JaggedBatch:
         self, offsets: NDArray[np.int64], change: Callable[[NDArray[np.int64]], NDArray[np.int64]]
     ) -> "JaggedBatch":
         """A batch of other tokens: `change` is applied to every field of tokens."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "offsets"}
-        return JaggedBatch(
-            offsets=offsets, **{name: None if one is None else change(one) for name, one in values.items()}
-        )
+        names = [field.name for field in fields(self) if field.name != "offsets"]
+        present = {name: one for name in names if (one := getattr(self, name)) is not None}
+        return JaggedBatch(offsets=offsets, **{name: change(one) for name, one in present.items()})
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ first; a row of the kind's table is a value's place there, counted from 1, and 0
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +50,9 @@ def staged_values(source: Source, names: Iterable[str], prefix: str = _AUXILIARY
     return expressions
 
 
-def stage_people(engine: Engine, path: Path, schema: UserSchema, features: FeatureSchema, user_type: str) -> People:
+def stage_people(
+    engine: Engine, path: Path, schema: UserSchema, features: FeatureSchema, user_type: Literal["integer", "string"]
+) -> People:
     """Read a users' file into table `people`.
 
     Args:
@@ -66,8 +69,8 @@ def stage_people(engine: Engine, path: Path, schema: UserSchema, features: Featu
     kind = source.kind(schema.user, "user ids")
     expressions = staged_id("user", schema.user, kind) | staged_values(source, features.context, _CONTEXT)
     engine.rows(f"CREATE TABLE people AS {source.select(expressions)}", stage="users")
-    wanted = "integer" if user_type == "integer" else "string"
-    return People(source=source, ids=read_ids(engine, "people", "user", source, schema.user, kind, wanted))
+    ids = read_ids(engine, "people", "user", source, schema.user, kind, user_type)
+    return People(source=source, ids=ids)
 
 
 def read_kinds(
