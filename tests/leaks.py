@@ -44,7 +44,7 @@ def assert_no_leak(
     base = gather(events, side)
     before = encode(base)
     places = np.append(np.flatnonzero(base.inputs.main), len(before))
-    for target in range(1, len(events.items)):
+    for target in range(len(events.items)):
         items, actions = np.array(events.items), np.array(events.actions)
         items[target:] = (items[target:] + 1) % num_items
         actions[target + 1 :] = (actions[target + 1 :] + 1) % 3
