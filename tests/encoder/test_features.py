@@ -101,7 +101,7 @@ def test_series_that_are_known_before_the_event_that_they_are_recorded_with_are_
         assert side is not None
         return gather(events, replace(side, timestamps=side.timestamps - 1))
 
-    with pytest.raises(Leak, match="sees event [01]"):
+    with pytest.raises(Leak, match=r"sees event [01]"):
         assert_no_leak(encode_with(encoder_of(CONFIGS["hstu"])), early, EVENTS, SIDE, ITEMS)
 
 
