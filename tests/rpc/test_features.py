@@ -43,9 +43,12 @@ def auxiliary(seed: int = 0) -> list[list[SideEvent]]:
         ]
         # As in a dataset: runs of equal values are their first event.
         last: dict[int, int] = {}
-        found.append(
-            [event for event in row if last.get(event[0]) != event[1] and not last.update({event[0]: event[1]})]
-        )
+        kept = []
+        for kind, value, time in row:
+            if last.get(kind) != value:
+                kept.append((kind, value, time))
+            last[kind] = value
+        found.append(kept)
     return found
 
 
