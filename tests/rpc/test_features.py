@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from retrieval.data.sequences import gather_training
 from retrieval.errors import CheckpointError, InvalidRequestError
@@ -88,7 +89,12 @@ def test_a_served_sequence_is_the_trained_one_token_for_token(rich: World, monke
     dataset, serving = rich.dataset, rich.open()
     seen: list[JaggedBatch] = []
     embed = ServingSnapshot.embed
-    monkeypatch.setattr(ServingSnapshot, "embed", lambda self, batch: seen.append(batch) or embed(self, batch))
+
+    def watched(self: ServingSnapshot, batch: JaggedBatch) -> NDArray[np.float32]:
+        seen.append(batch)
+        return embed(self, batch)
+
+    monkeypatch.setattr(ServingSnapshot, "embed", watched)
     users = np.flatnonzero(np.diff(dataset.offsets) >= 2)
     ends = dataset.offsets[users + 1]
     side = dataset.side(users, ends - 1)
