@@ -5,6 +5,9 @@
 ml1m: MovieLens-1M recovered, in the order of `seq_pos`; ratings are actions, those from 4 on positive; context is sex,
 age and occupation. Protocol `stable`, without choosing a checkpoint.
 
+new-users: a tenth of the users of ml1m have no event in training; asked for is the first event of each, if positive,
+from context alone. Differences are to popularity in training.
+
 globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer. The last of these days is
 asked for (`global-time`): a user's first click of it, from what came before. Items that first appear on that day cannot
 be found.
@@ -18,7 +21,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +36,7 @@ from benchmarks.harness import append_rows, environment
 from retrieval.data.dataset import Dataset
 from retrieval.data.features import FeatureSchema, SideColumn
 from retrieval.data.ingest import EventSchema, UserSchema, ingest
-from retrieval.data.splits import Split, SplitInfo, split_dataset, training_counts
+from retrieval.data.splits import Queries, Split, SplitInfo, split_dataset, training_counts
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.inference import embed_users, item_vectors
@@ -56,6 +59,7 @@ VARIANTS: dict[str, dict[str, FeatureSchema]] = {
         "items, ratings": FeatureSchema(),
         "and context": FeatureSchema(context=dict.fromkeys(_CONTEXT, SideColumn())),
     },
+    "new-users": {"context alone": FeatureSchema(context=dict.fromkeys(_CONTEXT, SideColumn()))},
     "globo": {
         "items": FeatureSchema(),
         "and region, device, referrer": FeatureSchema(auxiliary=dict.fromkeys(_SERIES, SideColumn(min_count=5))),
@@ -92,7 +96,7 @@ def main() -> None:
     speeds = _speeds(variants, parsed.steps)
     first = next(iter(variants))
     for seed in parsed.seeds:
-        base: NDArray[np.int64] | None = None
+        base = _popularity_ranks(variants[first]) if parsed.data == "new-users" else None
         for name, variant in variants.items():
             config = _config(parsed.epochs, seed)
             run = parsed.work / f"{list(variants).index(name)}-{seed}"
@@ -125,7 +129,7 @@ def _config(epochs: int, seed: int) -> TrainConfig:
 
 def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) -> Variant:
     folder = parsed.work / f"data-{list(VARIANTS[parsed.data]).index(name)}"
-    if parsed.data == "ml1m":
+    if parsed.data != "globo":
         log = pq.read_table(parsed.datasets / "ml-1m/ratings.parquet")
         users, columns = parsed.datasets / "ml-1m/users.dat", ("user_id", *_CONTEXT, "zip")
         schema = EventSchema(action="rating", positive=(">=4",), order="seq_pos")
@@ -150,7 +154,19 @@ def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) ->
     actions = len(dataset.info.actions)
     shape = PRESETS[parsed.preset](num_items=len(dataset.vocabulary), num_actions=actions if actions > 1 else 0)
     shape = shape.model_copy(update={"kinds": tuple(kind.rows for kind in dataset.info.kinds)})
-    return Variant(dataset=dataset, split=split_dataset(dataset, split), shape=shape)
+    found = split_dataset(dataset, split)
+    if parsed.data == "new-users":
+        found = _without_new_users(dataset, found)
+    return Variant(dataset=dataset, split=found, shape=shape)
+
+
+def _without_new_users(dataset: Dataset, split: Split) -> Split:
+    """Every tenth user has no training events and is asked for the first one, if that is positive."""
+    starts = dataset.offsets[:-1]
+    new = np.arange(len(dataset)) % 10 == 0
+    users = np.flatnonzero(new & dataset.positive[dataset.events.actions[starts]])
+    asked = Queries(users=users, targets=starts[users])
+    return replace(split, train_ends=np.where(new, starts, split.train_ends), test=asked)
 
 
 def _ranks(variant: Variant, encoder: UserEncoder) -> NDArray[np.int64]:
@@ -160,6 +176,14 @@ def _ranks(variant: Variant, encoder: UserEncoder) -> NDArray[np.int64]:
     for batch in query_batches(variant.dataset, variant.split.test, variant.shape.max_length):
         users = embed_users(encoder, batch.histories)
         ranks[batch.place] = rank_by_scores(batch, len(vectors), partial(_scores, users, vectors))
+    return ranks
+
+
+def _popularity_ranks(variant: Variant) -> NDArray[np.int64]:
+    """Rank of each query's target by training events; equal counts count against it."""
+    counts = training_counts(variant.dataset, variant.split)
+    targets = counts[variant.dataset.events.items[variant.split.test.targets]]
+    ranks: NDArray[np.int64] = (counts >= targets[:, None]).sum(1)
     return ranks
 
 
