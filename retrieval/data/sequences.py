@@ -117,7 +117,8 @@ def gather_training(
     """Cut B training sequences: each event but the last is input; each but the first, or with context each, a target.
 
     A token's target is the token right after it, if that is a positive event of the main series: every such event is
-    asked for once.
+    asked for once. Where a window cuts events off, its first one is not asked for: before it stands what a server never
+    asks, context without the history that there was.
 
     Args:
         events: of any number of users.
@@ -135,6 +136,11 @@ def gather_training(
     weights = action_weights[inputs.query_actions]
     if inputs.kinds is not None:
         weights = np.where(tokens.next_of(inputs.kinds, 0) == 0, weights, np.float32(0))
+        lengths = inputs.main_lengths
+        cut = (lengths < last - starts) & (lengths > 0)
+        places = np.flatnonzero(inputs.main)
+        first = places[np.searchsorted(places, inputs.offsets[:-1][cut])]
+        weights[first[first > inputs.offsets[:-1][cut]] - 1] = 0
     return TrainingBatch(
         inputs=inputs, targets=tokens.next_of(inputs.items, events.items[last].astype(np.int64)), weights=weights
     )

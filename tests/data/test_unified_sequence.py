@@ -126,6 +126,20 @@ def test_only_what_stands_right_before_a_positive_event_is_asked() -> None:
     assert batch.inputs.query_actions[batch.weights > 0].tolist() == [1, 1, 1]
 
 
+def test_the_first_event_of_a_cut_window_is_not_asked_for() -> None:
+    """A server asks context alone only of users who have no events at all."""
+    events, starts, ends = (
+        columns([(item, 1, 100 + item) for item in range(6)] * 2),
+        np.array([0, 6]),
+        np.array([3, 12]),
+    )
+    side = beside([[1, 1], [1, 1]], [(REGION, 1, 50)], [(REGION, 1, 50)])
+    batch = gather_training(events, starts, ends, WEIGHTS, 4 + 3, side)
+    assert batch.inputs.kinds is not None
+    assert batch.inputs.kinds.tolist() == [AGE, SEX, REGION, 0, 0, AGE, SEX, REGION, 0, 0, 0]
+    assert batch.weights.tolist() == [0, 0, 2.5, 2.5, 2.5, 0, 0, 0, 2.5, 2.5, 2.5]
+
+
 def test_without_loss_on_kinds_even_where_events_have_no_action() -> None:
     """Code 0 is positive in a dataset without actions, and is what tokens of other kinds have, too."""
     side = beside([[1, 1]], [(REGION, 1, 100)])
