@@ -49,14 +49,6 @@ class _Tokens:
     timestamps: NDArray[np.int64]
     kinds: NDArray[np.int64] | None = None
 
-    def next_of(self, field: NDArray[np.int64], at_end: NDArray[np.int64] | int) -> NDArray[np.int64]:
-        """The field of the next token in each row; of a row's last token, `at_end`, a number or int64 `[B]`."""
-        following = np.empty_like(field)
-        following[:-1] = field[1:]
-        filled = np.diff(self.offsets) > 0
-        following[self.offsets[1:][filled] - 1] = np.broadcast_to(at_end, len(filled))[filled]
-        return following
-
 
 def gather_histories(
     events: EventColumns,
@@ -80,16 +72,14 @@ def gather_histories(
         request_actions: code of the action for which each request asks, int64 `[B]` or one for all; 0 for any.
     """
     tokens = _rows_of_tokens(events, starts, ends, request_times, max_length, side)
-    # Asked for is what comes next in the main series, so a token of another kind asks for no action.
-    actions = tokens.next_of(tokens.actions, request_actions)
-    times = tokens.next_of(tokens.timestamps, request_times)
+    times = _next_in_row(tokens.offsets, tokens.timestamps, request_times)
     return JaggedBatch(
         offsets=tokens.offsets,
         items=tokens.items,
         actions=tokens.actions,
         timestamps=tokens.timestamps,
         query_times=np.maximum(times, tokens.timestamps),
-        query_actions=actions,
+        query_actions=_next_in_row(tokens.offsets, tokens.actions, request_actions),
         kinds=tokens.kinds,
     )
 
@@ -131,19 +121,28 @@ def gather_training(
     last = ends - 1
     times, actions = events.timestamps[last].astype(np.int64), events.actions[last].astype(np.int64)
     inputs = gather_histories(events, starts, last, times, max_length, side, actions)
-    tokens = _Tokens(offsets=inputs.offsets, items=inputs.items, actions=inputs.actions, timestamps=inputs.timestamps)
     assert inputs.query_actions is not None
     weights = action_weights[inputs.query_actions]
     if inputs.kinds is not None:
-        weights = np.where(tokens.next_of(inputs.kinds, 0) == 0, weights, np.float32(0))
+        weights = np.where(_next_in_row(inputs.offsets, inputs.kinds, 0) == 0, weights, np.float32(0))
         lengths = inputs.main_lengths
-        cut = (lengths < last - starts) & (lengths > 0)
+        begins = inputs.offsets[:-1][(lengths < last - starts) & (lengths > 0)]
         places = np.flatnonzero(inputs.main)
-        first = places[np.searchsorted(places, inputs.offsets[:-1][cut])]
-        weights[first[first > inputs.offsets[:-1][cut]] - 1] = 0
-    return TrainingBatch(
-        inputs=inputs, targets=tokens.next_of(inputs.items, events.items[last].astype(np.int64)), weights=weights
-    )
+        first = places[np.searchsorted(places, begins)]
+        weights[first[first > begins] - 1] = 0
+    targets = _next_in_row(inputs.offsets, inputs.items, events.items[last].astype(np.int64))
+    return TrainingBatch(inputs=inputs, targets=targets, weights=weights)
+
+
+def _next_in_row(
+    offsets: NDArray[np.int64], field: NDArray[np.int64], at_end: NDArray[np.int64] | int
+) -> NDArray[np.int64]:
+    """The field of the next token in each row, `[T]`; of a row's last token, `at_end`, a number or int64 `[B]`."""
+    following = np.empty_like(field)
+    following[:-1] = field[1:]
+    filled = np.diff(offsets) > 0
+    following[offsets[1:][filled] - 1] = np.broadcast_to(at_end, len(filled))[filled]
+    return following
 
 
 def _window_index(

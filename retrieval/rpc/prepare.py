@@ -85,7 +85,9 @@ class UserEvents:
     @property
     def is_known(self) -> bool:
         """Whether there is anything of the user that the encoder can tell from nobody."""
-        return bool(len(self.rows)) or (self.side is not None and bool(len(self.side.kinds) or self.side.context.any()))
+        return bool(len(self.rows)) or (
+            self.side is not None and bool(self.side.values.any() or self.side.context.any())
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
