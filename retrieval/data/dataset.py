@@ -112,7 +112,7 @@ class Dataset:
         promised = (self.info.users, self.info.items, self.info.events, self.info.events)
         if found != promised:
             raise DataError(f"{path}: files hold {found} users, items, events, but dataset.json says {promised}")
-        self._side = _Side(path, self.info.kinds) if self.info.kinds else None
+        self._side = _Side(path, self.info.kinds, len(self)) if self.info.kinds else None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -152,7 +152,7 @@ class Dataset:
 class _Side:
     """Context and auxiliary events of all users, memory-mapped."""
 
-    def __init__(self, path: Path, kinds: tuple[TokenKind, ...]) -> None:
+    def __init__(self, path: Path, kinds: tuple[TokenKind, ...], users: int) -> None:
         self._num_kinds = len(kinds)
         names = [kind.name for kind in kinds if kind.context]
         context = map_columns(path / "context.arrow") if names else None
@@ -163,6 +163,9 @@ class _Side:
         self._kinds, self._values, self._timestamps = (
             as_numpy(auxiliary, name, path / "auxiliary.arrow") for name in ("kind", "value", "timestamp")
         )
+        found = {len(ends), *map(len, self._context)}
+        if found != {users} or int(self._offsets[-1]) != len(self._kinds):
+            raise DataError(f"{path}: context, auxiliary events and ends are not those of {users} users")
 
     def before(self, users: NDArray[np.int64], limits: NDArray[np.int64]) -> SideRows:
         """Of each user, what was known before a time."""

@@ -102,6 +102,7 @@ class UserEncoder(nn.Module):
         if self.action_embedding is not None:
             tokens_TD = tokens_TD + self.action_embedding(batch.actions)
         if self.query_embedding is not None:
+            assert batch.query_actions is not None, "the encoder is asked for actions that the batch does not name"
             tokens_TD = tokens_TD + self.query_embedding(batch.query_actions)
         x = tokens_TD * math.sqrt(self.config.width)
         if self.position_embedding is not None:

@@ -132,3 +132,17 @@ def test_ids_of_users_match_as_strings_too(tmp_path: Path) -> None:
     side = dataset.side(np.array([0, 1]), np.array([3, 8]))
     assert side is not None
     assert side.context.tolist() == [[1, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("name", ["context", "auxiliary", "ends"])
+def test_a_folder_whose_parts_do_not_belong_together_is_refused(tmp_path: Path, name: str) -> None:
+    folder = small(tmp_path / "one").path
+    text = "user_id,item_id,timestamp,region,device\n7,30,1,a,b\n7,20,2,a,b\n"
+    log = write(tmp_path / "log.csv", text)
+    other = ingest(log, tmp_path / "other", users=tmp_path / "one/users.dat", user_schema=COLUMNS, features=FEATURES)
+    (folder / f"{name}.arrow").write_bytes((other.path / f"{name}.arrow").read_bytes())
+    with pytest.raises(DataError, match="are not those of 2 users"):
+        Dataset(folder)
+    (folder / f"{name}.arrow").unlink()
+    with pytest.raises(DataError, match=f"{name}.arrow: is missing"):
+        Dataset(folder)
