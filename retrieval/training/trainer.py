@@ -145,8 +145,9 @@ def train(
     )
     steps = batches.per_epoch * config.epochs
     schema = config.item_features
-    features = None if schema is None else item_features(dataset.vocabulary, schema)
-    learner = Learner(encoder, config, training_counts(dataset, split), steps, features)
+    counts = training_counts(dataset, split)
+    features = None if schema is None else item_features(dataset.vocabulary, schema, counts)
+    learner = Learner(encoder, config, counts, steps, features)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
     run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, _fingerprint(initial))

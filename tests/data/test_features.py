@@ -20,7 +20,7 @@ def test_one_file_declares_items_context_and_series(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[items]\nattributes = {}", r"features\.toml: items\.attributes"),
+        ("[items]\nattributes = {}", r"features\.toml: items: .*neither attributes nor overflow rows"),
         ('[items.attributes.genres]\nkind = "bag"', r"features\.toml: items\.attributes\.genres\.kind"),
         ('[items.attributes.genres]\nkind = "set"\ncolour = 1', r"features\.toml: items\.attributes\.genres\.colour"),
         ("[context.age]\nmax_values = 0", r"features\.toml: context\.age\.max_values"),
