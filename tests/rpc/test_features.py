@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from retrieval.data.sequences import gather_training
-from retrieval.errors import CheckpointError, InvalidRequestError
-from retrieval.histories.dataset import DatasetHistories
+from retrieval.errors import InvalidRequestError, SnapshotCorruptError
+from retrieval.histories.fill import fill_histories
+from retrieval.histories.recorded import open_histories
 from retrieval.rpc.client import History, RetrievalClient, Source, StoredUser
 from retrieval.rpc.requests import EmbedRequest
 from retrieval.rpc.server import ServerConfig, running_server
@@ -61,13 +62,15 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> World:
     encoder = make_encoder(kinds=tuple(kind.rows for kind in KINDS), query_actions=True)
     registry = Registry(folder / "registry")
     publish(registry, dataset, encoder)
-    return World(dataset, registry, encoder, DatasetHistories(folder / "dataset"))
+    stored = open_histories(str(folder / "histories"))
+    fill_histories(dataset, stored)
+    return World(dataset, registry, encoder, stored)
 
 
 @pytest.fixture(scope="module")
 def rich_client(rich: World) -> Iterator[RetrievalClient]:
     with (
-        running_server(ServerConfig(registry=rich.registry.path, port=0), rich.stored) as address,
+        running_server(ServerConfig(registry=rich.registry.location, port=0), rich.stored) as address,
         RetrievalClient(address, timeout=10) as client,
     ):
         yield client
@@ -75,14 +78,16 @@ def rich_client(rich: World) -> Iterator[RetrievalClient]:
 
 def sent(rich: World, user: int, end: int) -> History:
     """What a client that keeps its own log sends just before the user's event `end`: raw, runs not compressed."""
-    stored = rich.stored.get(user)
-    assert stored is not None
-    time = int(stored.timestamps[end])
-    series = {name: [event for event in events if event[0] < time] for name, events in stored.auxiliary.items()}
-    repeated = {name: [event for event in events for _ in range(2)] for name, events in series.items()}
-    return History(
-        list(stored.items)[:end], stored.timestamps[:end].tolist(), stored.actions[:end], stored.context, repeated
-    )
+    plain, begin = rich.history(user), int(rich.dataset.offsets[user])
+    side = rich.dataset.side(np.array([user]), np.array([begin + end]))
+    assert side is not None
+    age = int(side.context[0, 0])
+    context = {"age": KINDS[0].values[age - 1]} if age else {}
+    series: dict[str, list[tuple[int, str]]] = {"region": [], "device": []}
+    for at in range(int(side.starts[0]), int(side.ends[0])):
+        kind, row = KINDS[side.kinds[at] - 1], int(side.values[at])
+        series[kind.name] += 2 * [(int(side.timestamps[at]), kind.values[row - 1] if row else "mars")]
+    return History(plain.items[:end], plain.timestamps[:end], plain.actions[:end], context, series)
 
 
 def test_a_served_sequence_is_the_trained_one_token_for_token(rich: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,17 +122,19 @@ def test_a_served_sequence_is_the_trained_one_token_for_token(rich: World, monke
 def test_inline_and_stored_histories_are_the_same_over_the_socket(rich: World, rich_client: RetrievalClient) -> None:
     service, serving = RetrievalService(rich.stored), rich.open()
     for user in (0, 5, 11, 29):
-        stored = rich.stored.get(user)
-        assert stored is not None
-        inline = History(
-            list(stored.items), stored.timestamps.tolist(), stored.actions, stored.context, stored.auxiliary
-        )
-        over = rich_client.embed_users([inline, StoredUser(user)], request_time=LATER, action="like")
+        inline = sent(rich, user, len(rich.history(user).items))
+        fresh = History([], [], (), inline.context, inline.auxiliary)
+        over = rich_client.embed_users([inline, StoredUser(user, fresh)], request_time=LATER, action="like")
         here = service.embed_users(serving, EmbedRequest(users=[inline], request_time=LATER, action="like"))
         assert_close(torch.tensor(over.embedding(0)), torch.tensor(here.values), "embedding", "forward")
         assert_close(torch.tensor(over.embedding(1)), torch.tensor(here.values), "embedding", "forward")
         assert over.events_read == [here.events_read[0]] * 2
-        assert 0 < here.events_read[0] <= MAX_LENGTH - len(KINDS) or user == 0
+        assert 0 < here.events_read[0] <= MAX_LENGTH - len(KINDS)
+
+
+def test_a_stored_user_that_is_not_known_is_answered_from_context(rich_client: RetrievalClient) -> None:
+    answer = rich_client.retrieve(StoredUser(10**6, History([], [], (), {"age": "18"})), k=5, request_time=LATER)
+    assert answer.source is Source.CONTEXT
 
 
 def test_every_part_of_a_history_counts(rich: World, rich_client: RetrievalClient) -> None:
@@ -214,5 +221,5 @@ def test_actions_that_cannot_be_asked_for_are_refused(rich_client: RetrievalClie
 def test_a_snapshot_whose_kinds_do_not_fit_its_encoder_is_refused(rich: World, tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     version = publish(registry, rich.dataset, make_encoder(kinds=(3, 4, 9)))
-    with pytest.raises(CheckpointError, match="other numbers of values than its encoder"):
+    with pytest.raises(SnapshotCorruptError, match="other numbers of values than its encoder"):
         open_snapshot(registry.folder(version))
