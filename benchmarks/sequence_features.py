@@ -48,6 +48,7 @@ from retrieval.evaluation.ranking import query_batches, rank_by_scores
 from retrieval.training.batches import Batches
 from retrieval.training.config import TrainConfig
 from retrieval.training.learner import Learner
+from retrieval.training.schedule import Schedule
 from retrieval.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "sequence_features.csv"
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="new folder for datasets and training runs")
     parser.add_argument("--preset", default="demo", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--schedule", default="constant", choices=("constant", "cosine"), help="of the learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--every", type=int, default=8, help="takes one user in so many (default: 8)")
     parser.add_argument("--days", type=int, default=4, help="of globo (default: 4)")
@@ -98,7 +100,7 @@ def main() -> None:
     for seed in parsed.seeds:
         base = _popularity_ranks(variants[first]) if parsed.data == "new-users" else None
         for name, variant in variants.items():
-            config = _config(parsed.epochs, seed)
+            config = _config(parsed.epochs, seed, parsed.schedule)
             run = parsed.work / f"{list(variants).index(name)}-{seed}"
             kept = train(variant.dataset, variant.split, variant.shape, config, run)
             ranks = _ranks(variant, kept)
@@ -109,6 +111,7 @@ def main() -> None:
                 "users": f"one in {parsed.every}",
                 "preset": parsed.preset,
                 "epochs": parsed.epochs,
+                "schedule": parsed.schedule,
                 "variant": name,
                 "seed": seed,
                 "queries": len(ranks),
@@ -123,8 +126,8 @@ def main() -> None:
             append_rows(parsed.out, [row | environment(torch.device("cpu"))])
 
 
-def _config(epochs: int, seed: int) -> TrainConfig:
-    return TrainConfig(epochs=epochs, seed=seed, learning_rate=0.003)
+def _config(epochs: int, seed: int, schedule: Schedule = "constant") -> TrainConfig:
+    return TrainConfig(epochs=epochs, seed=seed, schedule=schedule, learning_rate=0.003)
 
 
 def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) -> Variant:
