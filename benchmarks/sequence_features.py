@@ -8,7 +8,8 @@ age and occupation. Protocol `stable`, without choosing a checkpoint.
 new-users: a tenth of the users of ml1m have no event in training; asked for is the first event of each, if positive,
 from context alone. Differences are to popularity in training.
 
-globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer. The last of these days is
+globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer. A series that tells nothing
+shows what a further token brings by itself. The last of these days is
 asked for (`global-time`): a user's first click of it, from what came before. Items that first appear on that day cannot
 be found.
 
@@ -63,8 +64,8 @@ VARIANTS: dict[str, dict[str, FeatureSchema]] = {
     "new-users": {"context alone": FeatureSchema(context=dict.fromkeys(_CONTEXT, SideColumn()))},
     "globo": {
         "items": FeatureSchema(),
+        "and a constant": FeatureSchema(auxiliary={"constant": SideColumn()}),
         "and region, device, referrer": FeatureSchema(auxiliary=dict.fromkeys(_SERIES, SideColumn(min_count=5))),
-        "and region, device": FeatureSchema(auxiliary=dict.fromkeys(_SERIES[:2], SideColumn(min_count=5))),
     },
 }
 
@@ -140,6 +141,7 @@ def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) ->
     else:
         days = sorted((parsed.datasets / "globo").glob("*.parquet"))[: parsed.days]
         log = pa.concat_tables([pq.read_table(day) for day in days])
+        log = log.append_column("constant", pa.array(np.zeros(len(log), np.int32)))
         users, columns = None, None
         schema = EventSchema(time="timestamp_ms", time_unit="ms")
         midnight = int(pc.min(pq.read_table(days[-1], columns=["timestamp_ms"])["timestamp_ms"]).as_py()) // 1000
