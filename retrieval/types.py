@@ -4,13 +4,35 @@ Legend of shape suffixes used across the project: B rows (users) of a batch, T t
 N items of the catalogue, D embedding width, K answers per query.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Answers", "EventColumns", "JaggedBatch", "Plan", "SearchResult"]
+from retrieval.config import Config
+
+__all__ = ["Answers", "EventColumns", "JaggedBatch", "Plan", "SearchResult", "SideRows", "TokenKind"]
+
+
+class TokenKind(Config):
+    """What tokens beside the main series tell: an attribute of the user, or a series of slowly changing values.
+
+    Attributes:
+        name: of the attribute or series.
+        context: whether it is static and stands in front; else it is an auxiliary series, merged by time.
+        values: those with an embedding of their own, the first in row 1. Row 0 is for all others and for none.
+    """
+
+    name: str
+    context: bool
+    values: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the kind's embedding table."""
+        return len(self.values) + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +51,55 @@ class EventColumns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SideRows:
+    """What is read beside the main series of B rows. Kinds count from 1, context before auxiliary series.
+
+    Attributes:
+        num_kinds: K.
+        context: row of each context kind's value in its table, int64 `[B, C]`.
+        kinds: kind of each auxiliary event, integer `[M]`, from C + 1 to K.
+        values: row of its value in the kind's table, integer `[M]`.
+        timestamps: seconds, int64 `[M]`, never falling within one kind of one row.
+        starts, ends: row b has auxiliary events `starts[b]:ends[b]`, int64 `[B]`.
+    """
+
+    num_kinds: int
+    context: NDArray[np.int64]
+    kinds: NDArray[np.integer]
+    values: NDArray[np.integer]
+    timestamps: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def joined(cls, parts: Sequence["SideRows"]) -> "SideRows":
+        """All rows of several, at least one, of the same kinds."""
+        begins = np.cumsum([0, *(len(part.kinds) for part in parts)])
+        return cls(
+            num_kinds=parts[0].num_kinds,
+            context=np.concatenate([part.context for part in parts]),
+            kinds=np.concatenate([part.kinds for part in parts]),
+            values=np.concatenate([part.values for part in parts]),
+            timestamps=np.concatenate([part.timestamps for part in parts]),
+            starts=np.concatenate([part.starts + begin for part, begin in zip(parts, begins, strict=False)]),
+            ends=np.concatenate([part.ends + begin for part, begin in zip(parts, begins, strict=False)]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JaggedBatch:
     """Histories of B users without padding: row b holds tokens `offsets[b]:offsets[b + 1]`, oldest first.
 
     Attributes:
         offsets: int64 `[B + 1]`, starting at 0 and ending at T.
-        items: vocabulary rows, int64 `[T]`.
-        actions: action codes, int64 `[T]`.
+        items: vocabulary rows, int64 `[T]`; of a token of another kind, the row in that kind's table.
+        actions: action codes, int64 `[T]`; 0 of other kinds.
         timestamps: time of each event in seconds, int64 `[T]`.
-        query_times: time at which the *next* item is asked for, in seconds, int64 `[T]`: the next event's time
+        query_times: time at which the *next* item is asked for, in seconds, int64 `[T]`: the next token's time
             inside a row, the request's time at a row's last token.
+        query_actions: action for which it is asked for, int64 `[T]`: the next token's inside a row, the request's at
+            a row's last token, 0 for any; None where no encoder asks.
+        kinds: kind of each token, int64 `[T]`, 0 for the main series; None where all are of it.
     """
 
     offsets: NDArray[np.int64]
@@ -46,6 +107,8 @@ class JaggedBatch:
     actions: NDArray[np.int64]
     timestamps: NDArray[np.int64]
     query_times: NDArray[np.int64]
+    query_actions: NDArray[np.int64] | None = None
+    kinds: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,18 +117,31 @@ class JaggedBatch:
         """The histories of consecutive users, without a copy."""
         starts, ends = self.offsets[:-1][rows], self.offsets[1:][rows]
         part = slice(int(starts[0]), int(ends[-1])) if len(starts) else slice(0, 0)
-        return JaggedBatch(
-            offsets=np.concatenate([starts[:1], ends]) - part.start if len(starts) else np.zeros(1, np.int64),
-            items=self.items[part],
-            actions=self.actions[part],
-            timestamps=self.timestamps[part],
-            query_times=self.query_times[part],
-        )
+        offsets = np.concatenate([starts[:1], ends]) - part.start if len(starts) else np.zeros(1, np.int64)
+        return self.mapped(offsets, lambda tokens: tokens[part])
+
+    def mapped(
+        self, offsets: NDArray[np.int64], change: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    ) -> "JaggedBatch":
+        """A batch of other tokens: `change` is applied to every field of tokens."""
+        names = [field.name for field in fields(self) if field.name != "offsets"]
+        present = {name: one for name in names if (one := getattr(self, name)) is not None}
+        return JaggedBatch(offsets=offsets, **{name: change(one) for name, one in present.items()})
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per row, int64 `[B]`."""
         return np.diff(self.offsets)
+
+    @property
+    def main_lengths(self) -> NDArray[np.int64]:
+        """Tokens of the main series per row, int64 `[B]`."""
+        return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(self.main)])[self.offsets])
+
+    @property
+    def main(self) -> NDArray[np.bool_]:
+        """Which tokens are of the main series, bool `[T]`."""
+        return np.ones(len(self.items), bool) if self.kinds is None else self.kinds == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,13 @@ import pyarrow as pa
 from retrieval.data.columns import write_columns
 from retrieval.data.dataset import DATASET_FORMAT, ActionValue, Dataset, DatasetInfo, fingerprint_of
 from retrieval.data.vocabulary import Vocabulary
+from retrieval.types import TokenKind
 
 Event = tuple[int, int, int]
 """Item row, action code, timestamp."""
+
+SideEvent = tuple[int, int, int]
+"""Kind, row of the value, timestamp."""
 
 ACTIONS = (
     ActionValue(value="", positive=False),
@@ -50,6 +54,28 @@ def write_dataset(
         sources=(),
         fingerprint=fingerprint_of(folder),
     )
+    (folder / "dataset.json").write_text(info.model_dump_json(), encoding="utf-8")
+    return Dataset(folder)
+
+
+def add_side(
+    dataset: Dataset,
+    kinds: Sequence[TokenKind],
+    context: Sequence[Sequence[int]],
+    auxiliary: Sequence[Sequence[SideEvent]],
+) -> Dataset:
+    """The dataset with context `[U, C]` and each user's auxiliary events, by time."""
+    folder, flat = dataset.path, [event for events in auxiliary for event in events]
+    names = [kind.name for kind in kinds if kind.context]
+    if names:
+        columns = np.array(context, np.int32).reshape(len(dataset), len(names))
+        write_columns(folder / "context.arrow", {name: pa.array(columns[:, at]) for at, name in enumerate(names)})
+    types = {"kind": pa.uint8(), "value": pa.int32(), "timestamp": pa.int64()}
+    fields = {name: pa.array([event[at] for event in flat], type_) for at, (name, type_) in enumerate(types.items())}
+    write_columns(folder / "auxiliary.arrow", fields)
+    ends = np.cumsum([len(events) for events in auxiliary]).astype(np.int64)
+    write_columns(folder / "ends.arrow", {"end": pa.array(ends)})
+    info = dataset.info.model_copy(update={"kinds": tuple(kinds), "fingerprint": fingerprint_of(folder)})
     (folder / "dataset.json").write_text(info.model_dump_json(), encoding="utf-8")
     return Dataset(folder)
 

@@ -142,7 +142,14 @@ def _train(parsed: argparse.Namespace, dataset: "Dataset", config: "TrainConfig"
 
     split = split_dataset(dataset, SplitInfo(protocol="paper"))
     preset = parsed.preset or ("ml1m" if parsed.events else "demo")
-    train_with_progress(dataset, split, encoder_config(dataset, preset), config, run_dir, device=device)
+    train_with_progress(
+        dataset,
+        split,
+        encoder_config(dataset, preset, query_actions=parsed.query_actions),
+        config,
+        run_dir,
+        device=device,
+    )
 
 
 def _publish(dataset: "Dataset", report: "Report", spec: "IndexSpec | AutoIndex", out: Path) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from retrieval.cli.console import OUT, progress
-from retrieval.cli.options import add_json_option
+from retrieval.cli.options import add_features_option, add_json_option, existing_path
 
 if TYPE_CHECKING:
     from retrieval.data.dataset import Dataset
@@ -28,12 +28,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--replace", action="store_true", help="replace an existing dataset")
     parser.add_argument("--memory", default="2GB", help="memory that reading and sorting may use (default: 2GB)")
     add_event_options(parser)
+    add_features_option(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def add_event_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how events and item metadata are written."""
+    """Add what says how events and the metadata of items and users are written."""
     # Defaults live in EventSchema and ItemSchema alone: an option that is not given is not passed on.
     columns = parser.add_argument_group("columns of the event log")
     columns.add_argument("--user", metavar="COLUMN", help="user ids (default: user_id)")
@@ -57,6 +58,12 @@ def add_event_options(parser: argparse.ArgumentParser) -> None:
     items.add_argument("--items-columns", metavar="NAMES", help="as --columns, for the metadata")
     items.add_argument("--items-delimiter", help="as --delimiter, for the metadata")
     items.add_argument("--items-encoding", choices=("utf-8", "latin-1"), help="as --encoding, for the metadata")
+    users = parser.add_argument_group("context of users, as --features names it")
+    users.add_argument("--users", type=existing_path, metavar="FILE", help="static attributes of users")
+    users.add_argument("--users-id", metavar="COLUMN", help="user ids there (default: user_id)")
+    users.add_argument("--users-columns", metavar="NAMES", help="as --columns, for the users' file")
+    users.add_argument("--users-delimiter", help="as --delimiter, for the users' file")
+    users.add_argument("--users-encoding", choices=("utf-8", "latin-1"), help="as --encoding, for the users' file")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -79,7 +86,8 @@ def ingest_with_progress(
     **schema: Any,
 ) -> "Dataset":
     """Ingest by the options of `add_event_options`; `items` and `schema` are what holds where they say nothing."""
-    from retrieval.data.ingest import EventSchema, ItemSchema, ingest
+    from retrieval.data.features import FeatureSchema
+    from retrieval.data.ingest import EventSchema, ItemSchema, UserSchema, ingest
 
     names = ("user", "item", "time", "action", "order", "time_unit", "delimiter", "encoding")
     schema |= {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
@@ -94,6 +102,12 @@ def ingest_with_progress(
         "delimiter": parsed.items_delimiter,
         "encoding": parsed.items_encoding,
     }
+    people = {
+        "user": parsed.users_id,
+        "columns": tuple(parsed.users_columns.split(",")) if parsed.users_columns else None,
+        "delimiter": parsed.users_delimiter,
+        "encoding": parsed.users_encoding,
+    }
     with progress("ingest") as update:
         return ingest(
             events,
@@ -101,6 +115,9 @@ def ingest_with_progress(
             schema=EventSchema.parse(schema, "command line"),
             items=parsed.items or items,
             item_schema=ItemSchema.parse({k: v for k, v in metadata.items() if v is not None}, "command line"),
+            users=parsed.users,
+            user_schema=UserSchema.parse({k: v for k, v in people.items() if v is not None}, "command line"),
+            features=FeatureSchema.load(parsed.features) if parsed.features is not None else None,
             memory=memory,
             replace=replace,
             # Each stage counts to 1; only the last one ends the bar.

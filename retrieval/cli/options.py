@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "REGISTRY_HELP",
     "add_device_option",
+    "add_features_option",
     "add_histories_option",
     "add_index_options",
     "add_json_option",
@@ -63,6 +64,16 @@ def opened_histories(place: str | None, max_events: int | None = None) -> "Itera
 
     with closing(open_histories(place, max_events)) as store:
         yield store
+
+
+def add_features_option(group: "argparse._ActionsContainer") -> None:
+    """Add `--features`."""
+    group.add_argument(
+        "--features",
+        type=existing_path,
+        metavar="FILE",
+        help="TOML: attributes of items, context of users, auxiliary series; see docs/features.md",
+    )
 
 
 def pick_device(name: str) -> str:
@@ -179,9 +190,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="ACTION=WEIGHT",
         help="weight of a positive action as a target, e.g. purchase=3 (default: 1); may be repeated",
     )
+    group.add_argument("--query-actions", action="store_true", help="let requests name the action that is to follow")
     group.add_argument(
-        "--item-features", type=existing_path, metavar="FILE", help="TOML: item attributes that embeddings are made of"
+        "--query-action-share", type=float, help="of positions that are then asked for their target's (default: 0.5)"
     )
+    add_features_option(group)
     group.add_argument(
         "--sparse-items",
         action=argparse.BooleanOptionalAction,
@@ -206,14 +219,15 @@ def train_config(parsed: argparse.Namespace, **defaults: float) -> "TrainConfig"
         ConfigError: a value is impossible.
         InputError: a weight is not ACTION=WEIGHT.
     """
-    from retrieval.data.item_features import ItemFeatureSchema
+    from retrieval.data.features import FeatureSchema
     from retrieval.training.config import TrainConfig
 
-    given = {name: value for name in TrainConfig.model_fields if (value := getattr(parsed, name)) is not None}
+    names = TrainConfig.model_fields.keys() - {"item_features"}
+    given = {name: value for name in names if (value := getattr(parsed, name)) is not None}
     if "action_weights" in given:
         given["action_weights"] = _numbers(given["action_weights"], "--action-weight")
-    if "item_features" in given:
-        given["item_features"] = ItemFeatureSchema.load(given["item_features"])
+    if parsed.features is not None:
+        given["item_features"] = FeatureSchema.load(parsed.features).items
     return TrainConfig.parse(defaults | given, "command line")
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -31,9 +31,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--history",
         metavar="FILE",
-        help='events, oldest first, as JSON lines: {"item": ID, "timestamp": SECONDS, "action": NAME}; - for stdin; '
-        "with --user they are added to the stored ones for this call",
+        help='events, oldest first, as JSON lines: {"item": ID, "timestamp": SECONDS, "action": NAME}, or of auxiliary '
+        'series {"series": NAME, "timestamp": SECONDS, "value": VALUE}; - for stdin; with --user they are added to the '
+        "stored ones for this call",
     )
+    parser.add_argument(
+        "--context", action="append", default=[], metavar="NAME=VALUE", help="static attribute of the user"
+    )
+    parser.add_argument("--action", default="", help="items that are likely to be met with this action (default: any)")
     parser.add_argument("-k", type=int, default=20, help="how many items (default: 20)")
     parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="default: localhost:50051")
     parser.add_argument("--request-time", type=int, metavar="SECONDS", help="moment of the request, UTC (default: now)")
@@ -47,9 +52,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(parsed: argparse.Namespace) -> None:
     """Ask and print."""
-    from retrieval.rpc.client import RetrievalClient
+    from retrieval.rpc.client import History, RetrievalClient
 
-    if parsed.user is None and parsed.history is None:
+    context = _context(parsed.context)
+    if parsed.user is None and parsed.history is None and not context:
         raise InputError("query: for whom? Give --user, --history or both")
     with RetrievalClient(parsed.address, timeout=parsed.timeout) as client:
         excluded = [text for text in parsed.exclude.split(",") if text]
@@ -64,9 +70,12 @@ def run(parsed: argparse.Namespace) -> None:
                 exclude_seen=parsed.exclude_seen,
                 include_titles=True,
                 filter=parsed.filter,
+                action=parsed.action,
             )
 
-        history = _read_history(parsed.history) if parsed.history is not None else None
+        history = _read_history(parsed.history) if parsed.history is not None else History([], []) if context else None
+        if history is not None:
+            history = replace(history, context=context)
         if parsed.user is not None:
             answer = _ask_for_user(ask, parsed.user, history)
         else:
@@ -131,16 +140,32 @@ def _read_history(name: str) -> "History":
         raise InputError(f"{name}: cannot be read ({error})") from None
 
 
+def _context(texts: list[str]) -> dict[str, str]:
+    context = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--context {text}: is not NAME=VALUE")
+        context[name] = value
+    return context
+
+
 def _parse_history(lines: TextIO, name: str, history: "type[History]") -> "History":
     items, actions, timestamps = [], [], []
+    auxiliary: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             event = json.loads(line)
+            if "series" in event:
+                auxiliary.setdefault(event["series"], []).append((int(event["timestamp"]), str(event["value"])))
+                continue
             items.append(event["item"])
             timestamps.append(int(event["timestamp"]))
             actions.append(str(event.get("action", "")))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{name}: line {number} is not a JSON object with item and timestamp") from None
-    return history(items=items, timestamps=timestamps, actions=actions if any(actions) else [])
+            message = f"{name}: line {number} is not a JSON object with item, or series and value, and timestamp"
+            raise InputError(message) from None
+    actions = actions if any(actions) else []
+    return history(items=items, timestamps=timestamps, actions=actions, auxiliary=auxiliary)

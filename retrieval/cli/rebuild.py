@@ -93,7 +93,9 @@ def run(parsed: argparse.Namespace) -> None:
             parsed.work,
             config,
             ingest=lambda out: ingest_with_progress(parsed, parsed.events, out, memory=parsed.memory),
-            encoder_config=lambda dataset: encoder_config(dataset, parsed.preset or "ml1m"),
+            encoder_config=lambda dataset: encoder_config(
+                dataset, parsed.preset or "ml1m", query_actions=parsed.query_actions
+            ),
             histories=histories,
             dry_run=parsed.dry_run,
             device=device,

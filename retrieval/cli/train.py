@@ -45,17 +45,45 @@ def run(parsed: argparse.Namespace) -> None:
     device = pick_device(parsed.device)
     dataset = Dataset(parsed.dataset)
     split = split_dataset(dataset, SplitInfo(protocol=parsed.protocol, time=parsed.split_time))
-    encoder = encoder_config(dataset, parsed.preset or "ml1m")
+    check_features(dataset, parsed)
+    encoder = encoder_config(dataset, parsed.preset or "ml1m", query_actions=parsed.query_actions)
     train_with_progress(dataset, split, encoder, config, parsed.out, resume=parsed.resume, device=device)
     say(f"encoder in {parsed.out}; watch the loss with: tensorboard --logdir {parsed.out / 'tensorboard'}")
 
 
-def encoder_config(dataset: "Dataset", preset: str) -> "EncoderConfig":
-    """A preset's encoder for a dataset; it reads actions if the dataset has any."""
+def encoder_config(dataset: "Dataset", preset: str, *, query_actions: bool = False) -> "EncoderConfig":
+    """A preset's encoder for a dataset: it reads actions, context and auxiliary series if the dataset has any.
+
+    Raises:
+        ConfigError: the encoder cannot read them, or there are no actions to ask for.
+    """
     from retrieval.encoder.presets import PRESETS
 
     actions = len(dataset.info.actions)
-    return PRESETS[preset](num_items=len(dataset.vocabulary), num_actions=actions if actions > 1 else 0)
+    config = PRESETS[preset](num_items=len(dataset.vocabulary), num_actions=actions if actions > 1 else 0)
+    more = {"query_actions": query_actions, "kinds": tuple(kind.rows for kind in dataset.info.kinds)}
+    return type(config).parse(config.model_dump() | more, f"preset {preset}")
+
+
+def check_features(dataset: "Dataset", parsed: argparse.Namespace) -> None:
+    """Refuse a schema that names other context or series than the dataset has.
+
+    Raises:
+        ConfigError: it does.
+    """
+    from retrieval.data.features import FeatureSchema
+    from retrieval.errors import ConfigError
+
+    if parsed.features is None:
+        return
+    schema = FeatureSchema.load(parsed.features)
+    named = [*schema.context, *schema.auxiliary]
+    found = [kind.name for kind in dataset.info.kinds]
+    if named != found:
+        raise ConfigError(
+            f"{parsed.features}: names context and series {named}, but {dataset.path} was ingested with {found}; "
+            "ingest it again with this file"
+        )
 
 
 def train_with_progress(

@@ -5,6 +5,14 @@
     users.arrow       `id` ascending; `end` int64: where the user's events end (they start at the end before)
     events.arrow      `item` int32 row, `action` uint8 code, `timestamp` int64 seconds; by user, then by time
 
+where tokens of other kinds are declared (`data.features`), also
+
+    context.arrow     an int32 column per context kind, by its name: row of each user's value in the kind's table;
+                      only where there is such a kind
+    auxiliary.arrow   `kind` uint8, `value` int32 row, `timestamp` int64 seconds; by user, then by time; runs of equal
+                      values of one kind are their first event
+    ends.arrow        `end` int64: where each user's auxiliary events end
+
 Columns are memory-mapped: opening takes milliseconds at any size, and a process touches only the pages it reads.
 """
 
@@ -23,11 +31,12 @@ from retrieval.data.columns import as_numpy, map_columns
 from retrieval.data.vocabulary import Vocabulary, id_positions, integers_of
 from retrieval.errors import DataError
 from retrieval.files import sha256_of
-from retrieval.types import EventColumns
+from retrieval.types import EventColumns, SideRows, TokenKind
 
 __all__ = ["DATASET_FORMAT", "ActionValue", "Dataset", "DatasetInfo", "fingerprint_of"]
 
 DATASET_FORMAT = 1
+_SIDE_FILES = ("context.arrow", "auxiliary.arrow", "ends.arrow")
 
 
 class ActionValue(Config):
@@ -44,11 +53,12 @@ class DatasetInfo(Config):
         format: number of the folder's format.
         users, items, events: counts; items include those that only metadata names.
         actions: meaning of each action code.
+        kinds: what tokens beside the main series tell, context first; kind k is the k-th, counted from 1.
         tie_order: what orders a user's events of equal time: "file order" or "column <name>".
         statistics: figures for people (time span, history lengths, …).
         repairs: what ingest mended, by kind, in events.
         sources: the files that were read.
-        fingerprint: hash of the three Arrow files; checkpoints and snapshots refer to it.
+        fingerprint: hash of the Arrow files; checkpoints and snapshots refer to it.
     """
 
     format: int
@@ -56,6 +66,7 @@ class DatasetInfo(Config):
     items: int
     events: int
     actions: tuple[ActionValue, ...]
+    kinds: tuple[TokenKind, ...] = ()
     tie_order: str
     statistics: dict[str, Any]
     repairs: dict[str, int]
@@ -64,8 +75,9 @@ class DatasetInfo(Config):
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Hash of a dataset's vocabulary, users and events, as 64 hex digits."""
-    names = ("vocabulary.arrow", "users.arrow", "events.arrow")
+    """Hash of a dataset's Arrow files, as 64 hex digits."""
+    names = ["vocabulary.arrow", "users.arrow", "events.arrow"]
+    names += [name for name in _SIDE_FILES if (folder / name).exists()]
     return hashlib.sha256("".join(sha256_of(folder / name) for name in names).encode()).hexdigest()
 
 
@@ -100,6 +112,7 @@ class Dataset:
         promised = (self.info.users, self.info.items, self.info.events, self.info.events)
         if found != promised:
             raise DataError(f"{path}: files hold {found} users, items, events, but dataset.json says {promised}")
+        self._side = _Side(path, self.info.kinds, len(self)) if self.info.kinds else None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -112,10 +125,63 @@ class Dataset:
         wanted = pa.array([one if _is_text(one) else None for one in ids], pa.string())
         return id_positions(self.user_ids, wanted)
 
+    def side(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> SideRows | None:
+        """Context of users, and the auxiliary events that come before some event of each in the unified sequence.
+
+        Args:
+            users: int64 `[B]`.
+            ends: index of that event, int64 `[B]`, or one past the user's last: then all auxiliary events.
+
+        Returns:
+            None where the dataset has no tokens beside the main series.
+        """
+        if self._side is None:
+            return None
+        within = ends < self.offsets[users + 1]
+        limits = np.full(len(users), np.iinfo(np.int64).max)
+        # What is recorded with an engagement comes after it: at its own time nothing is known yet.
+        limits[within] = self.events.timestamps[ends[within]]
+        return self._side.before(users, limits)
+
     @cached_property
     def item_counts(self) -> NDArray[np.int64]:
         """Events per item over the whole dataset, int64 `[N]`."""
         return np.bincount(self.events.items, minlength=len(self.vocabulary)).astype(np.int64)
+
+
+class _Side:
+    """Context and auxiliary events of all users, memory-mapped."""
+
+    def __init__(self, path: Path, kinds: tuple[TokenKind, ...], users: int) -> None:
+        self._num_kinds = len(kinds)
+        names = [kind.name for kind in kinds if kind.context]
+        context = map_columns(path / "context.arrow") if names else None
+        self._context = [as_numpy(context, name, path / "context.arrow") for name in names]
+        ends = as_numpy(map_columns(path / "ends.arrow"), "end", path / "ends.arrow")
+        self._offsets = np.concatenate([np.zeros(1, np.int64), ends])
+        auxiliary = map_columns(path / "auxiliary.arrow")
+        self._kinds, self._values, self._timestamps = (
+            as_numpy(auxiliary, name, path / "auxiliary.arrow") for name in ("kind", "value", "timestamp")
+        )
+        found = {len(ends), *map(len, self._context)}
+        if found != {users} or int(self._offsets[-1]) != len(self._kinds):
+            raise DataError(f"{path}: context, auxiliary events and ends are not those of {users} users")
+
+    def before(self, users: NDArray[np.int64], limits: NDArray[np.int64]) -> SideRows:
+        """Of each user, what was known before a time."""
+        starts, ends = self._offsets[users], self._offsets[users + 1]
+        spans = zip(starts, ends, limits, strict=True)
+        known = [start + np.searchsorted(self._timestamps[start:end], limit) for start, end, limit in spans]
+        context = [column[users].astype(np.int64) for column in self._context]
+        return SideRows(
+            num_kinds=self._num_kinds,
+            context=np.stack(context, axis=1) if context else np.zeros((len(users), 0), np.int64),
+            kinds=self._kinds,
+            values=self._values,
+            timestamps=self._timestamps,
+            starts=starts,
+            ends=np.array(known, np.int64),
+        )
 
 
 def _is_text(value: object) -> bool:

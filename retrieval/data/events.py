@@ -22,7 +22,18 @@ from retrieval.config import Config
 from retrieval.data.duck import Engine, identifier, literal
 from retrieval.errors import DataError
 
-__all__ = ["Dialect", "EventSchema", "IdType", "ItemSchema", "Kind", "Part", "Source", "TimeUnit", "open_source"]
+__all__ = [
+    "Dialect",
+    "EventSchema",
+    "IdType",
+    "ItemSchema",
+    "Kind",
+    "Part",
+    "Source",
+    "TimeUnit",
+    "UserSchema",
+    "open_source",
+]
 
 IdType = Literal["auto", "integer", "string"]
 TimeUnit = Literal["auto", "s", "ms", "us", "iso"]
@@ -117,6 +128,16 @@ class ItemSchema(Dialect):
 
     item: str = "item_id"
     title: str | None = None
+
+
+class UserSchema(Dialect):
+    """Which columns of a users' file mean what; of the others those are read that features name as context.
+
+    Attributes:
+        user: column of user ids.
+    """
+
+    user: str = "user_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,9 @@ import pyarrow as pa
 from retrieval.data.catalogue import Catalogue, read_attributes, stage_catalogue
 from retrieval.data.dataset import DATASET_FORMAT, ActionValue, Dataset, DatasetInfo, fingerprint_of
 from retrieval.data.duck import Engine, Progress
-from retrieval.data.events import Dialect, EventSchema, ItemSchema, Source, open_source
+from retrieval.data.events import Dialect, EventSchema, ItemSchema, Source, UserSchema, open_source
+from retrieval.data.features import FeatureSchema
+from retrieval.data.side import People, read_kinds, spill_auxiliary, stage_people, staged_values, write_side
 from retrieval.data.spill import Spill
 from retrieval.data.staging import (
     FOREIGN,
@@ -38,10 +40,11 @@ from retrieval.data.staging import (
     staged_time,
 )
 from retrieval.data.sweep import Rows, Sweep
-from retrieval.errors import DataError, RetrievalError
+from retrieval.errors import ConfigError, DataError, RetrievalError
 from retrieval.files import new_folder
+from retrieval.types import TokenKind
 
-__all__ = ["Dialect", "EventSchema", "ItemSchema", "ingest"]
+__all__ = ["Dialect", "EventSchema", "ItemSchema", "UserSchema", "ingest"]
 
 _MAX_ITEMS = 2**31 - 1
 
@@ -53,6 +56,9 @@ def ingest(
     schema: EventSchema | None = None,
     items: Path | None = None,
     item_schema: ItemSchema | None = None,
+    users: Path | None = None,
+    user_schema: UserSchema | None = None,
+    features: FeatureSchema | None = None,
     memory: str = "2GB",
     replace: bool = False,
     progress: Progress | None = None,
@@ -65,24 +71,32 @@ def ingest(
         schema: columns of the log.
         items: item metadata, in any of the formats.
         item_schema: columns of the metadata.
+        users: static attributes of users, in any of the formats.
+        user_schema: columns of that file.
+        features: which columns are carried beside the main series; those of items are carried anyway.
         memory: limit of DuckDB's buffers; the process takes some hundred MB more, whatever the log's length.
         replace: whether a dataset folder at `out` may be replaced.
-        progress: called with a stage (`read`, `items`, `check`, `codes`, `sort`, `write`) and the share of it that
-            is done, 0 to 1, in part from a helper thread.
+        progress: called with a stage (`read`, `items`, `users`, `check`, `codes`, `sort`, `series`, `write`)
+            and the share of it that is done, 0 to 1, in part from a helper thread.
 
     Returns:
         The dataset, opened. `info.repairs` counts what was mended, `info.statistics` describes the events.
 
     Raises:
         DataError: the log or the metadata cannot be used; the sentence names file, column and, where it can, row.
-        ConfigError: `memory` is no size, or not enough.
+        ConfigError: `memory` is no size, or not enough; or `features` names context without a users' file.
         RetrievalError: a file cannot be read or written, or the disk is full.
     """
     _refuse_existing(out, replace)
+    features = features or FeatureSchema()
+    if features.context and users is None:
+        raise ConfigError(f"context: {', '.join(features.context)} must come from a users' file, and none is given")
+    if users is not None and not features.context:
+        raise ConfigError(f"{users}: the features declare no context to be read from a users' file")
     try:
         with new_folder(out, replace=replace) as folder, _scratch(folder) as scratch:
-            _Ingest(folder, scratch, sources, schema or EventSchema(), memory, progress).run(
-                items, item_schema or ItemSchema()
+            _Ingest(folder, scratch, sources, schema or EventSchema(), features, memory, progress).run(
+                items, item_schema or ItemSchema(), users, user_schema or UserSchema()
             )
     except OSError as error:
         raise RetrievalError(f"{error.filename or out}: {error.strerror or error}") from error
@@ -122,14 +136,16 @@ class _Meaning:
     times: TimeColumn
     action: str | None
     order: str | None
+    series: tuple[str, ...]
     item_type: Literal["integer", "string"]
 
     @property
     def fields(self) -> str:
-        """SQL of user, item, time in microseconds and action over the staged table, null where unusable."""
+        """SQL of user, item, time in microseconds, action and series over the staged table, null where unusable."""
         return (
             f"{self.users.read_as(self.users.type)} AS user, {self.items.read_as(self.item_type)} AS item, "
             f"{self.times.microseconds} AS micros, {'action' if self.action else 'NULL::VARCHAR AS action'}"
+            + "".join(f", {name}" for name in self.series)
         )
 
     @property
@@ -151,25 +167,31 @@ class _Ingest:
         scratch: Path,
         sources: Path,
         schema: EventSchema,
+        features: FeatureSchema,
         memory: str,
         progress: Progress | None,
     ) -> None:
         self.folder, self.scratch, self.sources, self.schema = folder, scratch, sources, schema
+        self.features = features
         self.engine = Engine(scratch, memory, progress)
         self.spill = Spill(scratch)
         self.repairs: dict[str, int] = {}
 
-    def run(self, items: Path | None, item_schema: ItemSchema) -> None:
+    def run(self, items: Path | None, item_schema: ItemSchema, users: Path | None, user_schema: UserSchema) -> None:
         """All steps, in order."""
         with contextlib.closing(self.engine):
             source, action = self._stage()
             meaning, catalogue = self._decide(source, action, items, item_schema)
+            people = None
+            if users is not None:
+                people = stage_people(self.engine, users, user_schema, self.features, meaning.users.type)
             rows = self._count_repairs(meaning)
             actions = self._actions(meaning)
             item_count = self._codes(meaning, catalogue)
             sweep = self._sort(meaning, rows, item_count)
             user_ids, item_ids, attributes = self._ids(meaning, catalogue)
             statistics = self._statistics(meaning, sweep, rows, actions)
+            kinds = self._side(meaning, people, len(user_ids))
         self._write(user_ids, item_ids, attributes)
         self.engine.report("write", 0.9)
         info = DatasetInfo(
@@ -178,10 +200,11 @@ class _Ingest:
             items=len(item_ids),
             events=sweep.events,
             actions=actions,
+            kinds=kinds,
             tie_order=f"column {meaning.order}" if meaning.order else "file order",
             statistics=statistics,
             repairs=self.repairs,
-            sources=tuple(str(path) for path in (*source.files, *(catalogue.source.files if catalogue else ()))),
+            sources=tuple(str(path) for read in (source, catalogue, people) if read for path in _files_of(read)),
             fingerprint=fingerprint_of(self.folder),
         )
         (self.folder / "dataset.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -191,6 +214,7 @@ class _Ingest:
         """Copy the mapped columns into table `staged`, row for row in the log's order."""
         schema = self.schema
         named = (schema.user, schema.item, schema.time, *(name for name in (schema.action, schema.order) if name))
+        named += tuple(self.features.auxiliary)
         guess = ("action",) if schema.action is None else ()
         source = open_source(self.engine, self.sources, schema, wanted=named, optional=guess)
         action = schema.action if schema.action is not None else "action" if "action" in source.columns else None
@@ -208,6 +232,7 @@ class _Ingest:
             raise DataError(f"{self.sources}: positive values are named, but the log has no action column")
         if schema.order:
             expressions |= staged_order("place", schema.order, source.kind(schema.order, "places in an order"))
+        expressions |= staged_values(source, self.features.auxiliary)
         self.engine.rows(f"CREATE TABLE staged AS {source.select(expressions)}", stage="read")
         if source.empty_files:
             self.repairs["empty_files"] = source.empty_files
@@ -242,6 +267,7 @@ class _Ingest:
             times=times,
             action=action,
             order=schema.order,
+            series=tuple(staged_values(source, self.features.auxiliary)),
             item_type=item_type,
         )
         return meaning, catalogue
@@ -322,6 +348,14 @@ class _Ingest:
         self.repairs |= repairs
         return user_ids, item_ids, attributes
 
+    def _side(self, meaning: _Meaning, people: People | None, users: int) -> tuple[TokenKind, ...]:
+        """Write what is read beside the main series, if anything is; return its kinds."""
+        kinds = read_kinds(self.engine, meaning.valid, people, meaning.users, self.features)
+        if kinds:
+            spill_auxiliary(self.engine, meaning.valid, kinds, users, self.spill)
+            write_side(self.engine, kinds, self.spill, self.folder)
+        return kinds
+
     def _statistics(
         self, meaning: _Meaning, sweep: Sweep, rows: int, actions: tuple[ActionValue, ...]
     ) -> dict[str, Any]:
@@ -359,6 +393,10 @@ class _Ingest:
         events = {"item": pa.int32(), "action": pa.uint8(), "timestamp": pa.int64()}
         columns = {name: self.spill.column(name, type_) for name, type_ in events.items()}
         self.spill.write(self.folder / "events.arrow", columns)
+
+
+def _files_of(read: Source | Catalogue | People) -> tuple[Path, ...]:
+    return read.files if isinstance(read, Source) else read.source.files
 
 
 def _common_type(column: str, events: IdColumn, catalogue: Catalogue) -> Literal["integer", "string"]:

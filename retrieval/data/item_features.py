@@ -4,17 +4,15 @@ Legend: N items, M features of all items together, F rows of the table of featur
 """
 
 import re
-import tomllib
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retrieval.config import Config
 from retrieval.data.vocabulary import Vocabulary
@@ -46,25 +44,20 @@ class ItemFeatureSchema(Config):
     Attributes:
         attributes: columns of the item metadata and how each is read.
         id_dropout: chance that a training step reads an item by its attributes alone.
-        min_count: training events from which on an item has an embedding of its own; below, attributes alone make it.
+        min_count: training events from which on an item has an embedding of its own; below, attributes make it and
+        overflow: rows that such items share, by a hash of their ids.
     """
 
-    attributes: dict[str, ItemAttribute] = Field(min_length=1)
+    attributes: dict[str, ItemAttribute] = Field(default_factory=dict)
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     min_count: int = Field(default=1, ge=1)
+    overflow: int = Field(default=0, ge=0, le=2**24)
 
-    @classmethod
-    def load(cls, path: Path) -> "ItemFeatureSchema":
-        """Read a TOML file.
-
-        Raises:
-            ConfigError: it cannot be read, or says what is unknown or impossible.
-        """
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
-        return cls.parse(values, str(path))
+    @model_validator(mode="after")
+    def _makes_items_of_something(self) -> Self:
+        if not self.attributes and not self.overflow:
+            raise ValueError("there are neither attributes nor overflow rows")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +75,13 @@ class ItemFeatures:
     size: int
 
 
-def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema) -> ItemFeatures:
-    """Features of a catalogue. Depend on the catalogue and the schema alone, and not on the order of attributes.
+def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema, item_counts: NDArray[np.int64]) -> ItemFeatures:
+    """Features of a catalogue. The order of attributes does not matter.
+
+    Args:
+        vocabulary: the catalogue, with its attributes.
+        schema: what features are made of.
+        item_counts: training events of each item, int64 `[N]`.
 
     Raises:
         ConfigError: the schema names a column that the catalogue does not have, or a number that is none.
@@ -97,6 +95,11 @@ def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema) -> ItemFeat
         for item, places in enumerate(_places(name, vocabulary.attributes[name], attribute)):
             found[item] += [first + place for place in places]
         first += attribute.buckets
+    if schema.overflow:
+        for item in np.flatnonzero(item_counts < schema.min_count).tolist():
+            place = zlib.crc32(str(vocabulary.ids[item].as_py()).encode()) % schema.overflow
+            found[item].append(first + place)
+        first += schema.overflow
     lengths = np.array([len(one) for one in found], np.int64)
     return ItemFeatures(
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.data.sequences import TrainingBatch
-from retrieval.types import JaggedBatch
 
 __all__ = ["keep_tokens", "stochastic_length"]
 
@@ -67,13 +66,7 @@ def keep_tokens(batch: TrainingBatch, kept: NDArray[np.int64]) -> TrainingBatch:
     """The batch reduced to some of its tokens, ascending int64 `[T']`, each with its own target and query time."""
     inputs = batch.inputs
     return TrainingBatch(
-        inputs=JaggedBatch(
-            offsets=np.searchsorted(kept, inputs.offsets).astype(np.int64),
-            items=inputs.items[kept],
-            actions=inputs.actions[kept],
-            timestamps=inputs.timestamps[kept],
-            query_times=inputs.query_times[kept],
-        ),
+        inputs=inputs.mapped(np.searchsorted(kept, inputs.offsets).astype(np.int64), lambda tokens: tokens[kept]),
         targets=batch.targets[kept],
         weights=batch.weights[kept],
     )

@@ -19,6 +19,8 @@ class JaggedTensors:
     actions: Tensor
     timestamps: Tensor
     query_times: Tensor
+    query_actions: Tensor | None = None
+    kinds: Tensor | None = None
 
     @classmethod
     def of(cls, batch: JaggedBatch, device: torch.device) -> "JaggedTensors":
@@ -29,6 +31,8 @@ class JaggedTensors:
             actions=torch.from_numpy(batch.actions).to(device),
             timestamps=torch.from_numpy(batch.timestamps).to(device),
             query_times=torch.from_numpy(batch.query_times).to(device),
+            query_actions=None if batch.query_actions is None else torch.from_numpy(batch.query_actions).to(device),
+            kinds=None if batch.kinds is None else torch.from_numpy(batch.kinds).to(device),
         )
 
     def positions(self) -> Tensor:

@@ -16,6 +16,7 @@ from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError
 from retrieval.files import replacing, sha256_of, write_atomically
+from retrieval.types import TokenKind
 
 __all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "save_checkpoint"]
 
@@ -30,6 +31,7 @@ class CheckpointInfo(Config):
         format: number of the checkpoint's format.
         encoder: shape of the encoder.
         actions: name of each action code; code 0 is an event without an action.
+        kinds: what tokens beside the main series tell, and the row of each value; as many as the encoder has.
         dataset: fingerprint of the dataset that it was trained on.
         split: the split that it was trained on, as `data.splits` records it.
         training: hyperparameters and the number of steps done, for people.
@@ -39,6 +41,7 @@ class CheckpointInfo(Config):
     format: int = CHECKPOINT_FORMAT
     encoder: EncoderConfig
     actions: tuple[str, ...]
+    kinds: tuple[TokenKind, ...] = ()
     dataset: str
     split: dict[str, Any]
     training: dict[str, Any]
@@ -63,6 +66,8 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[U
     info = CheckpointInfo.load_json(
         folder / _JSON, format_number=CHECKPOINT_FORMAT, folder_is="a trained encoder's folder", error=CheckpointError
     )
+    if tuple(kind.rows for kind in info.kinds) != info.encoder.kinds:
+        raise CheckpointError(f"{folder / _JSON}: its kinds have other numbers of values than its encoder")
     weights = folder / _WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{weights}: is missing")

@@ -16,7 +16,10 @@ class _SequenceConfig(Config):
         title: the model's name in reports.
         num_items: N, rows of the item table.
         num_actions: rows of the action table; 0 leaves actions out of the tokens, as the published tables do.
-        max_length: most recent events of a history that are read.
+        query_actions: whether a request may name the action that is to follow; training asks each position for its
+            target's.
+        kinds: rows of the table of each kind of tokens beside the main series (`types.TokenKind`); empty: items alone.
+        max_length: most recent tokens of a history that are read, among them one set aside for each kind.
         width: D, width of tokens and embeddings.
         num_layers: layers.
         dropout: probability, on the input and inside each layer.
@@ -24,10 +27,20 @@ class _SequenceConfig(Config):
 
     num_items: int = Field(ge=1)
     num_actions: int = Field(default=0, ge=0)
+    query_actions: bool = False
+    kinds: tuple[Annotated[int, Field(ge=1)], ...] = ()
     max_length: int = Field(default=200, ge=1)
     width: int = Field(default=50, ge=1)
     num_layers: int = Field(default=2, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _features_fit(self) -> Self:
+        if self.query_actions and not self.num_actions:
+            raise ValueError("query_actions: there are no actions to ask for (num_actions is 0)")
+        if len(self.kinds) >= self.max_length:
+            raise ValueError(f"max_length {self.max_length} leaves no token beside those of {len(self.kinds)} kinds")
+        return self
 
 
 class HSTUConfig(_SequenceConfig):
@@ -98,6 +111,12 @@ class BERT4RecConfig(_TransformerConfig):
     model: Literal["bert4rec"] = "bert4rec"
     num_heads: int = Field(default=2, ge=1)
     hidden: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _reads_items_alone(self) -> Self:
+        if self.kinds or self.query_actions:
+            raise ValueError("bert4rec reads items and actions alone; it has no kinds and no query_actions")
+        return self
 
 
 class GRU4RecConfig(_SequenceConfig):

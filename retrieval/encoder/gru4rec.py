@@ -22,7 +22,7 @@ class GRU4RecEncoder(UserEncoder):
 
     def forward(self, batch: JaggedTensors) -> Tensor:
         """User embeddings after every token, `[T, D]`."""
-        x = self._embed(self.item_embedding(batch.items), batch)
+        x = self._embed(self._look_up(batch), batch)
         order, sizes = _time_major(batch.offsets)
         if not len(order):
             return normalize(self.output(x.new_empty(0, self.gru.hidden_size)))

@@ -15,7 +15,8 @@ __all__ = ["HSTUEncoder"]
 class HSTUEncoder(UserEncoder):
     """Histories in, one embedding per token out (arXiv 2402.17152).
 
-        x_0 = dropout((E[item] + A[action]) · √D + P[position]);  x_{l+1} = layer_l(x_l);  u = x_L / |x_L|
+        x_0 = dropout((E_kind[id] + A[action] + Q[action asked for]) · √D + P[position])
+        x_{l+1} = layer_l(x_l);  u = x_L / |x_L|
 
     u at a token is the user's embedding just after that event, for a request at the token's query time. Candidates
     are scored by u·e with e the normalised row of the same item table E.
@@ -29,7 +30,7 @@ class HSTUEncoder(UserEncoder):
 
     def forward(self, batch: JaggedTensors) -> Tensor:
         """User embeddings of unit length after every token, `[T, D]`."""
-        x = self._embed(self.item_embedding(batch.items), batch)
+        x = self._embed(self._look_up(batch), batch)
         plan = self._plan(batch, len(self.layers))
         for layer in self.layers:
             x = layer(x, plan)
@@ -41,7 +42,7 @@ class HSTUEncoder(UserEncoder):
         Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. Rows must not be
         empty. Evaluation mode and no gradient.
         """
-        x = self._embed(self.item_embedding(batch.items), batch)
+        x = self._embed(self._look_up(batch), batch)
         plan = self._plan(batch, len(self.layers) - 1)
         for layer in self.layers[:-1]:
             x = layer(x, plan)

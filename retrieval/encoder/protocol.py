@@ -30,6 +30,8 @@ class UserEncoder(nn.Module):
         objective: how it learns: "next", by guessing the item after each token, or "cloze", by guessing masked items.
         item_embedding: the item table E, `[N, D]`.
         action_embedding: the table of actions, or None where they are not read.
+        query_embedding: the table of actions that are asked for, or None where requests name none.
+        side_embedding: the tables of all kinds beside the main series, end to end, or None where there are none.
         position_embedding: the table of positions, or None where there is none.
     """
 
@@ -40,13 +42,24 @@ class UserEncoder(nn.Module):
         self.config = config
         self.item_embedding = nn.Embedding(config.num_items, config.width)
         self.action_embedding = nn.Embedding(config.num_actions, config.width) if config.num_actions else None
+        self.query_embedding = nn.Embedding(config.num_actions, config.width) if config.query_actions else None
+        self.side_embedding = nn.Embedding(sum(config.kinds), config.width) if config.kinds else None
         self.position_embedding = nn.Embedding(positions, config.width) if positions else None
+        # Where each kind's table begins; the main series has none.
+        self.side_starts: Tensor
+        self.register_buffer("side_starts", torch.tensor([0, 0, *config.kinds]).cumsum(0)[:-1], persistent=False)
         nn.init.trunc_normal_(self.item_embedding.weight, std=0.02)
         if self.position_embedding is not None:
             nn.init.xavier_normal_(self.position_embedding.weight)
         if self.action_embedding is not None:
             # Actions start without effect, so that one which training never meets has none when it is served.
             nn.init.zeros_(self.action_embedding.weight)
+        if self.query_embedding is not None:
+            nn.init.zeros_(self.query_embedding.weight)
+        if self.side_embedding is not None:
+            nn.init.trunc_normal_(self.side_embedding.weight, std=0.02)
+            with torch.no_grad():  # What is not known starts without effect, too.
+                self.side_embedding.weight[self.side_starts[1:]] = 0
 
     @property
     def device(self) -> torch.device:
@@ -69,11 +82,29 @@ class UserEncoder(nn.Module):
         """Item embeddings of unit length, `[N, D]`."""
         return normalize(self.item_embedding.weight)
 
-    def _embed(self, items_TD: Tensor, batch: JaggedTensors) -> Tensor:
-        """x_0 = dropout((E[item] + A[action])·√D + P[position]), `[T, D]`."""
+    def _look_up(self, batch: JaggedTensors) -> Tensor:
+        """E_kind[id] of each token, `[T, D]`, E_0 the item table."""
+        if self.side_embedding is None:
+            items: Tensor = self.item_embedding(batch.items)
+            return items
+        assert batch.kinds is not None, "the encoder reads kinds of tokens that the batch does not have"
+        main = batch.kinds == 0
+        items = self.item_embedding(batch.items.masked_fill(~main, 0))
+        side = self.side_embedding((batch.items + self.side_starts[batch.kinds]).masked_fill(main, 0))
+        return torch.where(main.unsqueeze(1), items, side)
+
+    def _embed(self, tokens_TD: Tensor, batch: JaggedTensors) -> Tensor:
+        """x_0 = dropout((E_kind[id] + A[action] + Q[action asked for])·√D + P[position]), `[T, D]`.
+
+        The action asked for is that of the token's target. What it stands beside is known by then to later tokens, so
+        nothing of the future is in it.
+        """
         if self.action_embedding is not None:
-            items_TD = items_TD + self.action_embedding(batch.actions)
-        x = items_TD * math.sqrt(self.config.width)
+            tokens_TD = tokens_TD + self.action_embedding(batch.actions)
+        if self.query_embedding is not None:
+            assert batch.query_actions is not None, "the encoder is asked for actions that the batch does not name"
+            tokens_TD = tokens_TD + self.query_embedding(batch.query_actions)
+        x = tokens_TD * math.sqrt(self.config.width)
         if self.position_embedding is not None:
             x = x + self.position_embedding(batch.positions())
         return dropout(x, self.config.dropout, training=self.training)

@@ -24,7 +24,7 @@ class SASRecEncoder(UserEncoder):
 
     def forward(self, batch: JaggedTensors) -> Tensor:
         """User embeddings after every token, `[T, D]`."""
-        x = self._embed(self.item_embedding(batch.items), batch)
+        x = self._embed(self._look_up(batch), batch)
         for block in self.blocks:
             x = block(x, batch.offsets)
         return normalize(self.norm(x))

@@ -55,8 +55,9 @@ class ItemKNN:
     def __call__(self, histories: JaggedBatch) -> NDArray[np.float32]:
         """Scores of all items, float32 `[B, N]`."""
         rows = np.repeat(np.arange(len(histories)), histories.lengths)
-        from_end = histories.offsets[1:][rows] - np.arange(len(rows))
-        recent = from_end <= self._last
+        ahead = np.concatenate([np.zeros(1, np.int64), np.cumsum(histories.main)])
+        from_end = ahead[histories.offsets[1:]][rows] - ahead[:-1]
+        recent = histories.main & (from_end <= self._last)
         shape = (len(histories), self._similar.shape[0])
         ones = np.ones(int(recent.sum()), np.float32)
         read = sparse.csr_matrix((ones, (rows[recent], histories.items[recent])), shape)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.data.dataset import Dataset
-from retrieval.data.sequences import gather_histories
+from retrieval.data.sequences import user_histories
 from retrieval.data.splits import Queries
 from retrieval.index.searcher import Searcher
 from retrieval.types import JaggedBatch
@@ -47,13 +47,13 @@ def query_batches(dataset: Dataset, queries: Queries, max_length: int, size: int
         events_at = queries.targets[place]
         begins = dataset.offsets[queries.users[place]]
         targets = events.items[events_at].astype(np.int64)
-        hidden = np.maximum(begins, events_at - max_length) if queries.hide_read_only else begins
+        times = events.timestamps[events_at].astype(np.int64)
+        histories = user_histories(dataset, queries.users[place], events_at, times, max_length)
+        hidden = events_at - histories.main_lengths if queries.hide_read_only else begins
         seen = [
             np.setdiff1d(events.items[begin:end], [target]).astype(np.int64)
             for begin, end, target in zip(hidden, events_at, targets, strict=True)
         ]
-        times = events.timestamps[events_at].astype(np.int64)
-        histories = gather_histories(events, begins, events_at, times, max_length)
         yield QueryBatch(place=place, targets=targets, seen=seen, histories=histories)
 
 

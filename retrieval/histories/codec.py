@@ -274,7 +274,7 @@ def joined(stored: StoredHistory | None, fresh: StoredHistory) -> StoredHistory:
 
     Args:
         stored: the history; None for a user that is not known.
-        fresh: the events, as many actions as items.
+        fresh: the events, as many actions as items, with the user's context and auxiliary series.
     """
     if stored is None:
         return fresh
@@ -288,4 +288,6 @@ def joined(stored: StoredHistory | None, fresh: StoredHistory) -> StoredHistory:
         items=events.items,  # type: ignore[arg-type]
         actions=events.actions,
         timestamps=np.array(events.timestamps, np.int64),
+        context=fresh.context,
+        auxiliary=fresh.auxiliary,
     )

@@ -1,8 +1,8 @@
 """What is kept of users' events, and what the server needs of a store of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,11 +21,15 @@ class StoredHistory:
         items: item id of each event, int64 `[T]` or strings.
         actions: name of each event's action, "" where there is none.
         timestamps: seconds since 1970 (UTC), int64 `[T]`, never falling.
+        context: static attributes by name.
+        auxiliary: slowly changing values by the name of their series: seconds and value of each event, oldest first.
     """
 
     items: NDArray[np.int64] | Sequence[int] | Sequence[str]
     actions: Sequence[str]
     timestamps: NDArray[np.int64]
+    context: Mapping[str, str] = field(default_factory=dict)
+    auxiliary: Mapping[str, Sequence[tuple[int, str]]] = field(default_factory=dict)
 
 
 class HistoryStore(Protocol):

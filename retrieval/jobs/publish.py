@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.data.popularity import recent_popularity
-from retrieval.data.sequences import gather_histories
+from retrieval.data.sequences import user_histories
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
 from retrieval.encoder.inference import embed_users, item_vectors
@@ -64,7 +64,7 @@ def current_user_embeddings(dataset: Dataset, encoder: UserEncoder) -> NDArray[n
     users = np.sort(np.random.default_rng(0).choice(len(dataset), count, replace=False))
     ends = dataset.offsets[users + 1]
     times = dataset.events.timestamps[ends - 1].astype(np.int64)
-    batch = gather_histories(dataset.events, dataset.offsets[users], ends, times, encoder.config.max_length)
+    batch = user_histories(dataset, users, ends, times, encoder.config.max_length)
     return embed_users(encoder, batch)
 
 

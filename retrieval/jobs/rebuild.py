@@ -28,7 +28,7 @@ from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.data.dataset import Dataset
-from retrieval.data.sequences import gather_histories
+from retrieval.data.sequences import user_histories
 from retrieval.data.splits import Queries, SplitInfo, split_dataset, training_counts
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.inference import embed_users, item_vectors
@@ -394,9 +394,7 @@ def _answers(
     # A request right after each user's last event, which is then the end of the history.
     ends = dataset.offsets[users + 1]
     times = dataset.events.timestamps[ends - 1].astype(np.int64)
-    histories = gather_histories(
-        dataset.events, dataset.offsets[users], ends, times, candidate.encoder.config.max_length
-    )
+    histories = user_histories(dataset, users, ends, times, candidate.encoder.config.max_length)
     found = candidate.searcher.search(
         embed_users(candidate.encoder, histories), [min(_DEPTH, len(candidate.vectors))] * len(users)
     )

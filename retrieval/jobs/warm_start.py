@@ -1,6 +1,6 @@
 """Last night's weights for tonight's catalogue, and last night's model asked tonight's questions.
 
-Rows of items and actions follow their ids and names, whatever rows they have tonight.
+Rows of items, actions and values of other kinds follow their ids and names, whatever rows they have tonight.
 """
 
 import numpy as np
@@ -16,11 +16,12 @@ from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.errors import ConfigError
 from retrieval.snapshot.store import Snapshot
-from retrieval.types import EventColumns, JaggedBatch
+from retrieval.types import EventColumns, JaggedBatch, SideRows, TokenKind
 
 __all__ = ["carried_over", "live_histories", "live_ranks", "live_rows"]
 
-_ITEMS, _ACTIONS = "item_embedding.weight", "action_embedding.weight"
+_ITEMS, _SIDE = "item_embedding.weight", "side_embedding.weight"
+_ACTIONS = ("action_embedding.weight", "query_embedding.weight")
 _QUERIES_AT_ONCE = 256
 
 
@@ -33,7 +34,7 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
     """State of an encoder of this shape that starts from the live one's.
 
     A new item starts from the mean of the known ones: near what an untrained model would say of it, and in no user's
-    way. A new action starts without effect.
+    way. A new action or value of another kind starts without effect.
 
     Args:
         config: tonight's encoder.
@@ -44,7 +45,9 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
         ConfigError: the live encoder is of another shape.
     """
     before = live.info.encoder
-    if before.model_copy(update={"num_items": config.num_items, "num_actions": config.num_actions}) != config:
+    kinds = [[(kind.name, kind.context) for kind in known] for known in (live.info.kinds, dataset.info.kinds)]
+    sizes = {"num_items": config.num_items, "num_actions": config.num_actions, "kinds": config.kinds}
+    if before.model_copy(update=sizes) != config or kinds[0] != kinds[1]:
         raise ConfigError(
             f"{live.version}: its encoder has another shape than the one asked for; ask for that, or start from scratch"
         )
@@ -54,7 +57,11 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
             rows = torch.from_numpy(live_rows(dataset, live))
             weights[:] = old[name].mean(0)
             weights[rows >= 0] = old[name][rows[rows >= 0]]
-        elif name == _ACTIONS:
+        elif name == _SIDE:
+            weights.zero_()
+            places = _live_side_rows(dataset, live)
+            weights[places >= 0] = old[name][places[places >= 0]]
+        elif name in _ACTIONS:
             weights.zero_()
             if name in old:
                 codes = _live_codes(dataset, live)
@@ -68,6 +75,64 @@ def _live_codes(dataset: Dataset, live: Snapshot) -> NDArray[np.int64]:
     """Code in the live snapshot of each of the dataset's actions, −1 for new ones: int64 `[A]`."""
     known = {value: code for code, value in enumerate(live.info.actions)}
     return np.array([known.get(action.value, -1) for action in dataset.info.actions], np.int64)
+
+
+def _live_values(before: TokenKind, now: TokenKind) -> NDArray[np.int64]:
+    """Row in the live snapshot's table of each row of tonight's table of the same kind, −1 for new values."""
+    known = {value: row for row, value in enumerate(before.values, 1)}
+    return np.array([0, *(known.get(value, -1) for value in now.values)], np.int64)
+
+
+def _live_side_rows(dataset: Dataset, live: Snapshot) -> NDArray[np.int64]:
+    """The same for the tables of all kinds end to end; both have the same kinds."""
+    begins = np.cumsum([0, *(kind.rows for kind in live.info.kinds)])
+    parts = [_live_values(*kinds) for kinds in zip(live.info.kinds, dataset.info.kinds, strict=True)]
+    found = [np.where(rows < 0, -1, begin + rows) for begin, rows in zip(begins, parts, strict=False)]
+    return np.concatenate(found)
+
+
+def _live_side(dataset: Dataset, live: Snapshot, users: NDArray[np.int64], ends: NDArray[np.int64]) -> SideRows | None:
+    """What the live encoder reads beside some histories: as in service, what it does not know is unknown to it."""
+    kinds = live.info.kinds
+    if not kinds:
+        return None
+    context = np.zeros((len(users), sum(kind.context for kind in kinds)), np.int64)
+    nothing = np.zeros(0, np.int64)
+    none = np.zeros(len(users), np.int64)
+    side = dataset.side(users, ends)
+    if side is None:
+        return SideRows(
+            num_kinds=len(kinds),
+            context=context,
+            kinds=nothing,
+            values=nothing,
+            timestamps=nothing,
+            starts=none,
+            ends=none,
+        )
+    numbers = {(kind.name, kind.context): number for number, kind in enumerate(kinds, 1)}
+    auxiliary, values = np.zeros(len(side.kinds), np.int64), np.zeros(len(side.kinds), np.int64)
+    for number, now in enumerate(dataset.info.kinds, 1):
+        place = numbers.get((now.name, now.context))
+        if place is None:
+            continue
+        rows = np.maximum(_live_values(kinds[place - 1], now), 0)
+        if now.context:
+            context[:, place - 1] = rows[side.context[:, number - 1]]
+        else:
+            of_kind = side.kinds == number
+            auxiliary[of_kind], values[of_kind] = place, rows[side.values[of_kind]]
+    known = auxiliary > 0
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(known)])
+    return SideRows(
+        num_kinds=len(kinds),
+        context=context,
+        kinds=auxiliary[known],
+        values=values[known],
+        timestamps=side.timestamps[known],
+        starts=before[side.starts],
+        ends=before[side.ends],
+    )
 
 
 def live_histories(
@@ -98,10 +163,11 @@ def live_histories(
         actions=codes[dataset.events.actions[known]].astype(np.uint8),
         timestamps=dataset.events.timestamps[known],
     )
-    begins, ends = before[dataset.offsets[users]], before[ends]
-    filled = np.flatnonzero(ends > begins)
-    max_length = live.info.encoder.max_length
-    return gather_histories(events, begins[filled], ends[filled], times[filled], max_length), filled
+    filled = np.flatnonzero(before[ends] > before[dataset.offsets[users]])
+    users, ends, max_length = users[filled], ends[filled], live.info.encoder.max_length
+    side = _live_side(dataset, live, users, ends)
+    begins = before[dataset.offsets[users]]
+    return gather_histories(events, begins, before[ends], times[filled], max_length, side), filled
 
 
 def live_ranks(dataset: Dataset, queries: Queries, live: Snapshot) -> NDArray[np.int64]:

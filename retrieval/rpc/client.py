@@ -164,6 +164,7 @@ class RetrievalClient:
         include_titles: bool = False,
         filter: Filter | str | None = None,
         required_version: str = "",
+        action: str = "",
         timeout: float | None = None,
     ) -> Retrieved:
         """The best items for a user, best first: exactly min(k, eligible items) of them.
@@ -177,6 +178,7 @@ class RetrievalClient:
             include_titles: also answer the items' titles.
             filter: what items must meet to be in the answer, as a value or as text (`retrieval.index.filter`).
             required_version: the snapshot that must answer; "" is whichever is live.
+            action: which the user is likely to meet the items with; "" is any positive one.
             timeout: seconds; None takes the client's.
 
         Raises:
@@ -192,6 +194,7 @@ class RetrievalClient:
             include_titles=include_titles,
             filter=filter_from(filter) if isinstance(filter, str) else filter,
             required_version=required_version,
+            action=action,
         )
         return retrieved_from(self._call(self._retrieve, retrieve_request_to(request), timeout))
 
@@ -200,6 +203,7 @@ class RetrievalClient:
         users: Sequence[History | StoredUser],
         *,
         request_time: int | None = None,
+        action: str = "",
         timeout: float | None = None,
     ) -> Embedded:
         """The embeddings by which `retrieve` would search for these users.
@@ -207,12 +211,13 @@ class RetrievalClient:
         Args:
             users: inline histories and stored users.
             request_time: the moment, in seconds since 1970 (UTC); None is now.
+            action: as in `retrieve`.
             timeout: seconds; None takes the client's.
 
         Raises:
             RetrievalError: see the class.
         """
-        message = embed_request_to(EmbedRequest(users=users, request_time=request_time))
+        message = embed_request_to(EmbedRequest(users=users, request_time=request_time, action=action))
         return embedded_from(self._call(self._embed_users, message, timeout))
 
     def record_events(self, events: Sequence[Event], *, timeout: float | None = None) -> Recorded:

@@ -41,7 +41,11 @@ __all__ = [
     "state_to",
 ]
 
-_SOURCES = {Source.MODEL: pb.SOURCE_MODEL, Source.POPULARITY: pb.SOURCE_POPULARITY}
+_SOURCES = {
+    Source.MODEL: pb.SOURCE_MODEL,
+    Source.POPULARITY: pb.SOURCE_POPULARITY,
+    Source.CONTEXT: pb.SOURCE_CONTEXT,
+}
 _OPERATORS = {
     "<": pb.Filter.OPERATOR_LESS,
     "<=": pb.Filter.OPERATOR_AT_MOST,
@@ -83,6 +87,14 @@ def _history_to(message: pb.History, history: History, field: str) -> None:
     _ids_to(message.items, history.items, f"{field}.items")
     _fill(message.actions, history.actions, f"{field}.actions", "strings")
     _fill(message.timestamps, history.timestamps, f"{field}.timestamps", "integers, in seconds")
+    try:
+        message.context.update(history.context)
+        for name, events in history.auxiliary.items():
+            series = message.auxiliary[name]
+            series.timestamps.extend(time for time, _ in events)
+            series.values.extend(value for _, value in events)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError(field, f"context and auxiliary must hold strings and seconds ({error})") from None
     # An empty history must still say that it is one.
     message.SetInParent()
 
@@ -114,23 +126,36 @@ def _user_to(message: Any, user: History | StoredUser | Embedding | None, prefix
         message.embedding.SetInParent()
 
 
-def _history_from(message: pb.History) -> History:
-    return History(_ids_from(message.items), message.timestamps, message.actions)
+def _history_from(message: pb.History, field: str) -> History:
+    auxiliary = {
+        name: _series_from(series, f"{field}.auxiliary[{name!r}]") for name, series in message.auxiliary.items()
+    }
+    return History(_ids_from(message.items), message.timestamps, message.actions, message.context, auxiliary)
 
 
 def _user_from(message: Any, prefix: str) -> History | StoredUser | Embedding | None:
     kind = message.WhichOneof("user")
-    fresh = _history_from(message.fresh_events) if message.HasField("fresh_events") else None
+    fresh = None
+    if message.HasField("fresh_events"):
+        fresh = _history_from(message.fresh_events, f"{prefix}fresh_events")
     if fresh is not None and kind != "stored_user":
         raise InvalidRequestError(f"{prefix}fresh_events", "needs a stored user; other events belong in history")
     match kind:
         case "history":
-            return _history_from(message.history)
+            return _history_from(message.history, f"{prefix}history")
         case "stored_user":
             return StoredUser(_id_from(message.stored_user, f"{prefix}stored_user"), fresh)
         case "embedding":
             return Embedding(message.embedding.values)
     return None
+
+
+def _series_from(message: pb.AuxiliarySeries, field: str) -> list[tuple[int, str]]:
+    if len(message.values) != len(message.timestamps):
+        raise InvalidRequestError(
+            field, f"has {len(message.values)} values, but {len(message.timestamps)} timestamps; send one for each"
+        )
+    return list(zip(message.timestamps, message.values, strict=True))
 
 
 def _set_number(message: Any, field: str, value: int) -> None:
@@ -237,6 +262,7 @@ def retrieve_request_to(request: RetrieveRequest) -> pb.RetrieveRequest:
     if request.filter is not None:
         _filter_to(message.filter, request.filter, "filter")
     message.required_version = request.required_version
+    message.action = request.action
     return message
 
 
@@ -255,6 +281,7 @@ def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
         include_titles=message.include_titles,
         filter=_filter_from(message.filter, "filter") if message.HasField("filter") else None,
         required_version=message.required_version,
+        action=message.action,
     )
 
 
@@ -264,7 +291,7 @@ def embed_request_to(request: EmbedRequest) -> pb.EmbedUsersRequest:
     Raises:
         InvalidRequestError: a value does not fit its field.
     """
-    message = pb.EmbedUsersRequest()
+    message = pb.EmbedUsersRequest(action=request.action)
     for place, user in enumerate(request.users):
         _user_to(message.users.add(), user, f"users[{place}].")
     if request.request_time is not None:
@@ -283,6 +310,7 @@ def embed_request_from(message: pb.EmbedUsersRequest) -> EmbedRequest:
         # The message's oneof has no embedding.
         users=[user for user in users if not isinstance(user, Embedding)],
         request_time=message.request_time if message.HasField("request_time") else None,
+        action=message.action,
     )
 
 
@@ -406,6 +434,9 @@ def state_to(state: ServingState) -> pb.GetServingStateResponse:
         index=state.index,
         ann_recall=state.ann_recall,
         stored_users=state.stored_users,
+        context=state.context,
+        auxiliary=state.auxiliary,
+        query_actions=state.query_actions,
     )
 
 
@@ -423,4 +454,7 @@ def state_from(message: pb.GetServingStateResponse) -> ServingState:
         index=message.index,
         ann_recall=message.ann_recall,
         stored_users=message.stored_users,
+        context=tuple(message.context),
+        auxiliary=tuple(message.auxiliary),
+        query_actions=message.query_actions,
     )

@@ -17,6 +17,7 @@ from retrieval.index.filter import And, Compare, Filter, In, Not, Or
 from retrieval.rpc.errors import VersionNotLoadedError
 from retrieval.rpc.requests import Embedding, EmbedRequest, History, Ids, RetrieveRequest
 from retrieval.rpc.serving import ServingSnapshot
+from retrieval.types import SideRows
 
 __all__ = [
     "Known",
@@ -65,7 +66,9 @@ class UserEvents:
         rows: vocabulary rows of the latest known events, int64 `[T]`, T at most the encoder's `max_length`.
         actions: action codes, uint8 `[T]`.
         timestamps: seconds, int64 `[T]`.
+        side: what is read beside these, as one row; None where nothing is.
         request_time: seconds.
+        action: code of the action that is asked for; 0 for any.
         seen: rows of all known events, with repeats.
         unknown: events whose item the catalogue does not have.
     """
@@ -73,9 +76,18 @@ class UserEvents:
     rows: NDArray[np.int64]
     actions: NDArray[np.uint8]
     timestamps: NDArray[np.int64]
+    side: SideRows | None
     request_time: int
+    action: int
     seen: NDArray[np.int64]
     unknown: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is anything of the user that the encoder can tell from nobody."""
+        return bool(len(self.rows)) or (
+            self.side is not None and bool(self.side.values.any() or self.side.context.any())
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +153,7 @@ def prepare_retrieve(
         if (size := _filter_size(request.filter)) > limits.max_filter:
             raise InvalidRequestError("filter", f"has {size} tests and values; at most {limits.max_filter} are taken")
         _check_filter(serving, request.filter, "filter")
+    action = _action(serving, request.action)
     excluded = _rows(serving, request.exclude, "exclude")
     prepared: UserEvents | NDArray[np.float32]
     if isinstance(user, Embedding):
@@ -153,7 +166,7 @@ def prepare_retrieve(
         prepared = _unit(serving, user)
     else:
         time = _request_time(request.request_time, now)
-        prepared = _events(serving, user, time, limits, "history")
+        prepared = _events(serving, user, time, action, limits, "history")
         if request.exclude_seen:
             excluded = np.concatenate([excluded, prepared.seen])
     return PreparedRetrieve(
@@ -177,11 +190,12 @@ def prepare_embed(
     if len(users) > limits.max_users:
         raise InvalidRequestError("users", f"has {len(users)} users; at most {limits.max_users} are taken")
     time = _request_time(request.request_time, now)
+    action = _action(serving, request.action)
     prepared = []
     for place, user in enumerate(users):
         if user is None or isinstance(user, Embedding):
             raise InvalidRequestError(f"users[{place}]", "names no user; send history or stored_user")
-        prepared.append(_events(serving, user, time, limits, f"users[{place}].history"))
+        prepared.append(_events(serving, user, time, action, limits, f"users[{place}].history"))
     return PreparedEmbed(serving=serving, users=tuple(prepared))
 
 
@@ -197,11 +211,13 @@ def fresh_history(serving: ServingSnapshot, history: History, limits: Limits, fi
         items=list(history.items),  # type: ignore[arg-type]
         actions=list(history.actions) or [""] * len(history.items),
         timestamps=_timestamps(history.timestamps, f"{field}.timestamps"),
+        context=history.context,
+        auxiliary=history.auxiliary,
     )
 
 
 def _events(
-    serving: ServingSnapshot, history: History | StoredHistory, time: int, limits: Limits, field: str
+    serving: ServingSnapshot, history: History | StoredHistory, time: int, action: int, limits: Limits, field: str
 ) -> UserEvents:
     if isinstance(history, History):
         _check_history(serving, history, limits, field)
@@ -222,7 +238,9 @@ def _events(
         rows=rows[latest],
         actions=actions,
         timestamps=timestamps[latest],
+        side=serving.side(history.context, history.auxiliary),
         request_time=time,
+        action=action,
         seen=rows[known],
         unknown=len(rows) - len(known),
     )
@@ -238,6 +256,12 @@ def _check_history(serving: ServingSnapshot, history: History, limits: Limits, f
         raise InvalidRequestError(
             f"{field}.timestamps", f"has {len(history.timestamps)} entries, but {field}.items has {count}"
         )
+    if (size := sum(map(len, history.auxiliary.values()))) > limits.max_events:
+        raise InvalidRequestError(
+            f"{field}.auxiliary", f"has {size} events; at most {limits.max_events} are taken, send the latest"
+        )
+    for name, events in history.auxiliary.items():
+        _timestamps([time for time, _ in events], f"{field}.auxiliary[{shown(name)}].timestamps")
     if not len(history.actions):
         return
     if len(history.actions) != count:
@@ -252,6 +276,18 @@ def _check_history(serving: ServingSnapshot, history: History, limits: Limits, f
             f"{field}.actions[{place}]",
             f"{shown(name)} is not an action of this snapshot; it has {_names(serving.actions)}",
         )
+
+
+def _action(serving: ServingSnapshot, name: str) -> int:
+    """Code of the action that is asked for."""
+    if not name:
+        return 0
+    if not serving.snapshot.encoder.config.query_actions:
+        raise InvalidRequestError("action", "cannot be asked for: this snapshot was not trained to be (query_actions)")
+    if name not in serving.actions:
+        known = _names(serving.actions)
+        raise InvalidRequestError("action", f"{shown(name)} is not an action of this snapshot; it has {known}")
+    return int(serving.action_codes([name])[0])
 
 
 def _timestamps(values: Sequence[int], field: str) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 The in-process service and the client take and return the same objects. No numpy here: the client must load fast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -37,11 +37,15 @@ class History:
         items: item of each event; unknown ones are passed over.
         timestamps: seconds since 1970 (UTC) of each event, never falling.
         actions: name of each event's action, "" where there is none; empty if none is known.
+        context: static attributes by name; names that the snapshot does not read are passed over.
+        auxiliary: slowly changing values by the name of their series: seconds and value of each event, oldest first.
     """
 
     items: Ids
     timestamps: Sequence[int]
     actions: Sequence[str] = ()
+    context: Mapping[str, str] = field(default_factory=dict)
+    auxiliary: Mapping[str, Sequence[tuple[int, str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ class StoredUser:
 
     Attributes:
         id: the user's id.
-        fresh: events that may not be recorded yet, added to the history for this call.
+        fresh: events that may not be recorded yet, added to the history for this call, and the user's context and
+            auxiliary series, which stores do not keep.
     """
 
     id: int | str
@@ -77,6 +82,7 @@ class RetrieveRequest:
         include_titles: also answer titles.
         filter: what items must meet to be in the answer; None is anything.
         required_version: the snapshot that must answer; "" is whichever is live.
+        action: which the user is likely to meet the items with; "" is any positive one.
     """
 
     user: History | StoredUser | Embedding | None
@@ -87,14 +93,16 @@ class RetrieveRequest:
     include_titles: bool = False
     filter: Filter | None = None
     required_version: str = ""
+    action: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedRequest:
-    """Asks for embeddings of users at one moment (None is now)."""
+    """Asks for embeddings of users at one moment (None is now), for one action ("" is any)."""
 
     users: Sequence[History | StoredUser | None]
     request_time: int | None = None
+    action: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +117,7 @@ class Source(Enum):
 
     MODEL = "model"
     POPULARITY = "popularity"
+    CONTEXT = "context"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +128,7 @@ class Retrieved:
         items: item ids, of the catalogue's kind.
         scores: one per item: inner product of user and item, or the item's share of all events.
         snapshot_version: the snapshot that made this answer.
-        source: whether the model or popularity chose.
+        source: whether the model chose, popularity, or the model from context alone.
         shortfall: k minus the number of items; above 0 where fewer are eligible.
         unknown_items: events of the history whose item the catalogue does not have.
         titles: one per item if they were asked for and the catalogue has them, else empty.
@@ -141,7 +150,7 @@ class Embedded:
     Attributes:
         values: `width` numbers per user, one user after the other.
         width: numbers per embedding.
-        events_read: events that the encoder read, per user; 0 means that the embedding is all zeros.
+        events_read: events on items that the encoder read, per user; an embedding of all zeros knows nothing at all.
         unknown_items: events whose item the catalogue does not have, per user.
         snapshot_version: the snapshot that made this answer.
     """
@@ -179,8 +188,11 @@ class ServingState:
         items: size of the catalogue.
         string_ids: whether item ids are strings, else integers.
         width: numbers per embedding.
-        max_length: events of a history that the encoder reads at most.
+        max_length: tokens that the encoder reads at most.
         actions: names of actions that histories may use, beside "".
+        context: names of the attributes that are read.
+        auxiliary: names of the series that are read.
+        query_actions: whether requests may name an action.
         index: the index, for people.
         ann_recall: recall@100 of the index against exact search, measured at publishing.
         stored_users: whether the server holds histories.
@@ -197,3 +209,6 @@ class ServingState:
     index: str
     ann_recall: float
     stored_users: bool
+    context: tuple[str, ...] = ()
+    auxiliary: tuple[str, ...] = ()
+    query_actions: bool = False

@@ -43,7 +43,7 @@ from retrieval.rpc.requests import (
     StoredUser,
 )
 from retrieval.rpc.serving import ServingSnapshot
-from retrieval.types import EventColumns
+from retrieval.types import EventColumns, SideRows
 
 __all__ = ["Answer", "Prepared", "RetrievalService"]
 
@@ -105,7 +105,7 @@ class RetrievalService:
         history = self._histories.read(user.id)
         if user.fresh is not None:
             fresh = fresh_history(serving, user.fresh, self._limits, f"{prefix}fresh_events")
-            history = joined(history, fresh) if len(fresh.items) else history
+            history = joined(history, fresh) if len(fresh.items) or fresh.context or fresh.auxiliary else history
         if history is None:
             raise UnknownUserError(f"{prefix}stored_user: no history of user {shown(user.id)} is held")
         return history
@@ -189,8 +189,8 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metric
         if isinstance(one, PreparedEmbed):
             answers.append(_embedded(serving, one.users, [next(embedded) for _ in one.users]))
             continue
-        query = next(embedded) if isinstance(one.user, UserEvents) else one.user
-        if isinstance(one.user, UserEvents) and not len(one.user.rows):
+        query = next(embedded)[0] if isinstance(one.user, UserEvents) else one.user
+        if isinstance(one.user, UserEvents) and not one.user.is_known:
             answers.append(_popular(serving, one))
             continue
         answers.append(None)
@@ -200,10 +200,13 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metric
     return [answer if answer is not None else next(found) for answer in answers]
 
 
-def _embed(serving: ServingSnapshot, users: Sequence[UserEvents], metrics: Metrics) -> NDArray[np.float32]:
-    """Embeddings `[B, D]`; zeros for a user without events."""
+def _embed(
+    serving: ServingSnapshot, users: Sequence[UserEvents], metrics: Metrics
+) -> list[tuple[NDArray[np.float32], int]]:
+    """Each user's embedding `[D]`, zeros where nothing is known, and the events on items that were read for it."""
+    read = np.zeros(len(users), np.int64)
     embeddings = np.zeros((len(users), serving.snapshot.searcher.width), np.float32)
-    filled = [place for place, user in enumerate(users) if len(user.rows)]
+    filled = [place for place, user in enumerate(users) if user.is_known]
     for start in range(0, len(filled), _ENCODED_TOGETHER):
         places = filled[start : start + _ENCODED_TOGETHER]
         chunk = [users[place] for place in places]
@@ -215,18 +218,22 @@ def _embed(serving: ServingSnapshot, users: Sequence[UserEvents], metrics: Metri
         ends = np.cumsum([len(user.rows) for user in chunk])
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
         times = np.array([user.request_time for user in chunk], np.int64)
+        actions = np.array([user.action for user in chunk], np.int64)
+        sides = [user.side for user in chunk if user.side is not None]
+        side = SideRows.joined(sides) if sides else None
         with metrics.stage("encode"):
-            embeddings[places] = serving.embed(gather_histories(events, starts, ends, times, serving.max_length))
-    return embeddings
+            histories = gather_histories(events, starts, ends, times, serving.max_length, side, actions)
+            embeddings[places], read[places] = serving.embed(histories), histories.main_lengths
+    return list(zip(embeddings, read.tolist(), strict=True))
 
 
 def _embedded(
-    serving: ServingSnapshot, users: Sequence[UserEvents], embeddings: Sequence[NDArray[np.float32]]
+    serving: ServingSnapshot, users: Sequence[UserEvents], embedded: Sequence[tuple[NDArray[np.float32], int]]
 ) -> Embedded:
     return Embedded(
-        values=np.concatenate(embeddings).tolist() if embeddings else [],
+        values=np.concatenate([embedding for embedding, _ in embedded]).tolist() if embedded else [],
         width=serving.snapshot.searcher.width,
-        events_read=[len(user.rows) for user in users],
+        events_read=[read for _, read in embedded],
         unknown_items=[user.unknown for user in users],
         snapshot_version=serving.version,
     )
@@ -249,7 +256,9 @@ def _search(
     answers = []
     for one, rows, scores in zip(searches, result.rows, result.scores, strict=True):
         count = int(np.count_nonzero(rows >= 0))
-        answers.append(_retrieved(serving, one, rows[:count], scores[:count], Source.MODEL))
+        from_context = isinstance(one.user, UserEvents) and not len(one.user.rows)
+        source = Source.CONTEXT if from_context else Source.MODEL
+        answers.append(_retrieved(serving, one, rows[:count], scores[:count], source))
     return answers
 
 

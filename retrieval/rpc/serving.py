@@ -1,5 +1,7 @@
 """A snapshot made ready to answer: with what every call looks up, and warmed."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from retrieval.encoder.inference import embed_users
 from retrieval.errors import SnapshotCorruptError
 from retrieval.rpc.requests import ServingState
 from retrieval.snapshot.store import Snapshot
-from retrieval.types import EventColumns, JaggedBatch
+from retrieval.types import EventColumns, JaggedBatch, SideRows
 
 __all__ = ["ServingSnapshot"]
 
@@ -25,9 +27,10 @@ class ServingSnapshot:
     Attributes:
         snapshot: the snapshot.
         version: its name.
-        max_length: events of a history that the encoder reads at most.
+        max_length: tokens that the encoder reads at most.
         string_ids: whether item ids are strings, else integers.
         actions: names of actions that histories may use, beside ""; empty if any name is accepted and none is read.
+        kinds: what is read beside the main series.
         popularity: each item's share of recent events, float32 `[N]`.
     """
 
@@ -45,6 +48,8 @@ class ServingSnapshot:
         self._action_codes = {name: code for code, name in reversed(list(enumerate(snapshot.info.actions)))}
         self._action_codes[""] = 0
         self.actions = tuple(name for name in self._action_codes if name)[::-1]
+        self.kinds = snapshot.info.kinds
+        self._rows_of = [{value: row for row, value in enumerate(kind.values, 1)} for kind in self.kinds]
         counts = snapshot.vocabulary.attributes["popularity"].to_numpy().astype(np.float64)
         self.popularity: NDArray[np.float32] = (counts / max(counts.sum(), 1.0)).astype(np.float32)
         # Indexing numpy is many times faster than Arrow's `take` for the few rows of an answer.
@@ -56,7 +61,8 @@ class ServingSnapshot:
         first = np.zeros(1, np.int64)
         self.snapshot.vocabulary.rows_of(self._ids[:1])
         events = EventColumns(items=first, actions=first.astype(np.uint8), timestamps=first)
-        queries = self.embed(gather_histories(events, first, first + 1, first, self.max_length))
+        side = self.side({}, {})
+        queries = self.embed(gather_histories(events, first, first + 1, first, self.max_length, side))
         self.snapshot.searcher.search(queries, [1])
 
     def embed(self, histories: JaggedBatch) -> NDArray[np.float32]:
@@ -69,6 +75,35 @@ class ServingSnapshot:
         if self.snapshot.encoder.config.num_actions == 0:
             return np.zeros(len(names), np.uint8)
         return np.fromiter((known.get(name, 0) for name in names), np.uint8, len(names))
+
+    def side(self, context: Mapping[str, str], auxiliary: Mapping[str, Sequence[tuple[int, str]]]) -> SideRows | None:
+        """What the encoder is to read beside one user's events; None where it reads nothing there.
+
+        Values that the snapshot does not know have row 0, and names that it does not read are passed over.
+        """
+        if not self.kinds:
+            return None
+        fixed = [
+            rows.get(context.get(kind.name, ""), 0)
+            for kind, rows in zip(self.kinds, self._rows_of, strict=True)
+            if kind.context
+        ]
+        events = [
+            (number, rows.get(value, 0), time)
+            for number, (kind, rows) in enumerate(zip(self.kinds, self._rows_of, strict=True), 1)
+            if not kind.context
+            for time, value in auxiliary.get(kind.name, ())
+        ]
+        kinds, values, timestamps = np.array(events, np.int64).reshape(-1, 3).T
+        return SideRows(
+            num_kinds=len(self.kinds),
+            context=np.array([fixed], np.int64),
+            kinds=kinds,
+            values=values,
+            timestamps=timestamps,
+            starts=np.zeros(1, np.int64),
+            ends=np.array([len(events)]),
+        )
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[int] | list[str]:
         """Item ids of rows, as Python integers or strings."""
@@ -97,4 +132,7 @@ class ServingSnapshot:
             index=str(manifest.index),
             ann_recall=manifest.ann_recall,
             stored_users=stored_users,
+            context=tuple(kind.name for kind in self.kinds if kind.context),
+            auxiliary=tuple(kind.name for kind in self.kinds if not kind.context),
+            query_actions=self.snapshot.encoder.config.query_actions,
         )

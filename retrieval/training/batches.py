@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.data.dataset import Dataset
-from retrieval.data.sequences import TrainingBatch, gather_histories, gather_training
+from retrieval.data.sequences import TrainingBatch, gather_training, user_histories
 from retrieval.data.splits import Split
 from retrieval.data.stochastic_length import keep_tokens, stochastic_length
 from retrieval.errors import ConfigError
@@ -29,15 +30,24 @@ class Batches:
         config: hyperparameters.
         objective: "next": each token is followed by its target. "cloze": tokens are masked and to be filled in.
         max_length: most tokens of a history.
+        query_actions: whether positions are asked for their target's action.
 
     Raises:
         ConfigError: `config.action_weights` names what is not a positive action of the dataset.
     """
 
     def __init__(
-        self, dataset: Dataset, split: Split, config: TrainConfig, *, objective: Objective, max_length: int
+        self,
+        dataset: Dataset,
+        split: Split,
+        config: TrainConfig,
+        *,
+        objective: Objective,
+        max_length: int,
+        query_actions: bool = False,
     ) -> None:
         self._dataset, self._config, self._objective, self._max_length = dataset, config, objective, max_length
+        self._query_actions = query_actions
         self._action_weights = _weights_of(dataset, config.action_weights)
         self._ends = split.train_ends
         self._users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
@@ -59,16 +69,21 @@ class Batches:
         starts, ends = self._dataset.offsets[users], self._ends[users]
         if self._objective == "cloze":
             times = events.timestamps[ends - 1].astype(np.int64)
-            histories = gather_histories(events, starts, ends, times, self._max_length)
+            histories = user_histories(self._dataset, users, ends, times, self._max_length)
             mask_item = len(self._dataset.vocabulary)
             batch = cloze_batch(histories, weights, self._config.mask_share, mask_item, rng)
         else:
-            batch = gather_training(events, starts, ends, weights, self._max_length)
+            side = self._dataset.side(users, ends - 1)
+            batch = gather_training(events, starts, ends, weights, self._max_length, side)
+        if self._query_actions:
+            assert batch.inputs.query_actions is not None
+            asked = rng.random(len(batch.targets)) < self._config.query_action_share
+            batch.inputs.query_actions[~asked] = 0
         alpha = self._config.stochastic_length
         if alpha is not None:
             inputs = batch.inputs
             kept = stochastic_length(inputs.offsets, inputs.timestamps, self._max_length, alpha, rng)
-            batch = keep_tokens(batch, kept)
+            batch = keep_tokens(batch, np.union1d(kept, np.flatnonzero(~inputs.main)))
         return batch
 
 
@@ -99,12 +114,10 @@ def cloze_batch(
     for start, end in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
         if not masked[start:end].any() and may[start:end].any():
             masked[place[start:end].max()] = True
-    inputs = JaggedBatch(
-        offsets=histories.offsets,
+    inputs = replace(
+        histories,
         items=np.where(masked, mask_item, histories.items),
         actions=np.where(masked, 0, histories.actions),
-        timestamps=histories.timestamps,
-        query_times=histories.query_times,
     )
     return TrainingBatch(inputs=inputs, targets=histories.items, weights=np.where(masked, weights, np.float32(0)))
 

@@ -36,6 +36,8 @@ class TrainConfig(Config):
         mask_share: share of a history's tokens that a cloze encoder has to fill in.
         action_weights: weight of a target by its action, of positive actions; 1 where none is given. A step's loss is
             the mean by weight.
+        query_action_share: of positions that are asked for their target's action, by encoders with `query_actions`;
+            the others are asked for any, as requests are that name none.
         item_features: attributes that item embeddings are made of beside the id; None: the id alone.
         sparse_items: whether a step reads and updates only the rows of the item table that it names: see
             `training.optimizer`. "auto": with sampled negatives and more than 100,000 items.
@@ -62,6 +64,7 @@ class TrainConfig(Config):
     stochastic_length: float | None = Field(default=None, gt=1, le=2)
     mask_share: float = Field(default=0.2, gt=0, lt=1)
     action_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    query_action_share: float = Field(default=0.5, gt=0, lt=1)
     item_features: ItemFeatureSchema | None = None
     sparse_items: bool | Literal["auto"] = "auto"
     precision: Precision = "float32"

@@ -48,12 +48,14 @@ class ItemTable(nn.Module):
     def forward(self, ids_UD: Tensor, rows: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """E of the rows named, int64 `[U]`, or of all; `ids_UD` is E there. With a generator ids are dropped."""
         keep = self.admitted if rows is None else self.admitted[rows]
+        offsets, features = self.offsets, self.features
+        lengths = offsets.diff() if rows is None else offsets[rows + 1] - offsets[rows]
         if generator is not None:
             drawn = torch.rand(len(keep), generator=generator) >= self._id_dropout
-            keep = keep & drawn.to(keep.device)
-        offsets, features = self.offsets, self.features
+            # An item without features keeps its id: nothing else makes it.
+            keep = keep & (drawn.to(keep.device) | (lengths == 0))
         if rows is not None:
-            starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+            starts = offsets[rows]
             offsets = functional.pad(lengths.cumsum(0), (1, 0))
             shifts = torch.repeat_interleave(starts - offsets[:-1], lengths)
             features = features[torch.arange(len(shifts), device=shifts.device) + shifts]

@@ -147,7 +147,8 @@ class Learner:
         if self.by_rows:
             # Encoder and loss see a small table of the rows that the step names, and places in it for their numbers.
             # The gradient is then of the small table's size, and each row's is in one piece.
-            rows, items, targets, negatives = _renumber(items, targets, negatives, len(table))
+            real = (items < len(table)) & torch.from_numpy(batch.inputs.main)
+            rows, items, targets, negatives = _renumber(items, real, targets, negatives)
             rows = rows.to(device)
             table = table.detach()[rows].requires_grad_()
         item_table = table
@@ -171,14 +172,13 @@ class Learner:
 
 
 def _renumber(
-    items: Tensor, targets: Tensor, negatives: Negatives, num_items: int
+    items: Tensor, real: Tensor, targets: Tensor, negatives: Negatives
 ) -> tuple[Tensor, Tensor, Tensor, Negatives]:
     """Rows named, ascending without repeats `[U]`, and the arguments with each row's place among them for its number.
 
-    Inputs that name no row (`num_items`, a cloze encoder's mask) stay as they are.
+    Inputs that are not real, which name no row (a cloze encoder's mask, tokens of other kinds), stay as they are.
     """
     assert negatives.rows is not None
-    real = items < num_items
     named = torch.cat([items[real], targets, negatives.rows.flatten()])
     rows, places = named.unique(return_inverse=True)
     of_items, of_targets, of_negatives = places.split([int(real.sum()), len(targets), negatives.rows.numel()])

@@ -126,15 +126,28 @@ def train(
         raise InputError(f"{run_dir}: holds a training run already; continue it with --resume or name a new folder")
     if config.patience is not None and validate is None:
         raise ConfigError("patience: there is no validation whose result could stop the run")
+    kinds = tuple(kind.rows for kind in dataset.info.kinds)
+    if encoder_config.kinds != kinds:
+        raise ConfigError(
+            f"kinds: the encoder reads {encoder_config.kinds}, but the dataset's tables have {kinds} rows"
+        )
     torch.manual_seed(config.seed)
     encoder = build_encoder(encoder_config).to(device)
     if initial is not None:
         encoder.load_state_dict(dict(initial))
-    batches = Batches(dataset, split, config, objective=encoder.objective, max_length=encoder_config.max_length)
+    batches = Batches(
+        dataset,
+        split,
+        config,
+        objective=encoder.objective,
+        max_length=encoder_config.max_length,
+        query_actions=encoder_config.query_actions,
+    )
     steps = batches.per_epoch * config.epochs
     schema = config.item_features
-    features = None if schema is None else item_features(dataset.vocabulary, schema)
-    learner = Learner(encoder, config, training_counts(dataset, split), steps, features)
+    counts = training_counts(dataset, split)
+    features = None if schema is None else item_features(dataset.vocabulary, schema, counts)
+    learner = Learner(encoder, config, counts, steps, features)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
     run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, _fingerprint(initial))
@@ -272,6 +285,7 @@ class _Run:
         info = CheckpointInfo(
             encoder=self._encoder_config,
             actions=tuple(action.value for action in self._dataset.info.actions),
+            kinds=self._dataset.info.kinds,
             dataset=self._dataset.info.fingerprint,
             split=self._split.info.model_dump(),
             training=self._settings["training"] | {"steps": self.progress.step} | found,

@@ -28,6 +28,7 @@ OPTIONS = {
     "temperature": 0.1,
     "stochastic_length": 1.6,
     "mask_share": 0.3,
+    "query_action_share": 0.7,
     "action_weights": {"like": 1.0, "buy=now": 3.0},
     "sparse_items": True,
     "precision": "bfloat16",
@@ -45,10 +46,10 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def test_every_hyperparameter_has_an_option(tmp_path: Path) -> None:
-    features = tmp_path / "items.toml"
-    features.write_text('id_dropout = 0.2\n[attributes.genres]\nkind = "set"\nbuckets = 32\n')
+    features = tmp_path / "features.toml"
+    features.write_text('[items]\nid_dropout = 0.2\n[items.attributes.genres]\nkind = "set"\nbuckets = 32\n')
     assert {*OPTIONS, "item_features"} == set(TrainConfig.model_fields)
-    arguments = ["--item-features", str(features)]
+    arguments = ["--features", str(features)]
     for name, value in OPTIONS.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,6 +16,8 @@ ITEMS = Vocabulary(
     },
 )
 
+COUNTS = np.array([9, 1, 0, 2])
+
 
 def of(features: ItemFeatures) -> list[list[int]]:
     ends = zip(features.offsets[:-1], features.offsets[1:], strict=True)
@@ -25,7 +25,7 @@ def of(features: ItemFeatures) -> list[list[int]]:
 
 
 def features_of(name: str, attribute: ItemAttribute) -> list[list[int]]:
-    features = item_features(ITEMS, ItemFeatureSchema(attributes={name: attribute}))
+    features = item_features(ITEMS, ItemFeatureSchema(attributes={name: attribute}), COUNTS)
     assert features.size == attribute.buckets
     assert all(0 <= place < features.size for places in of(features) for place in places)
     return of(features)
@@ -57,26 +57,11 @@ def test_numbers_go_by_quantiles() -> None:
 
 def test_attributes_do_not_share_rows() -> None:
     genres, year = ItemAttribute(kind="set", buckets=50), ItemAttribute(kind="number", buckets=3)
-    features = item_features(ITEMS, ItemFeatureSchema(attributes={"year": year, "genres": genres}))
+    features = item_features(ITEMS, ItemFeatureSchema(attributes={"year": year, "genres": genres}), COUNTS)
     assert features.size == 53
     assert of(features)[0][-1] == 50
-    same = item_features(ITEMS, ItemFeatureSchema(attributes={"genres": genres, "year": year}))
+    same = item_features(ITEMS, ItemFeatureSchema(attributes={"genres": genres, "year": year}), COUNTS)
     np.testing.assert_array_equal(features.features, same.features)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("attributes = {}", r"items\.toml: attributes"),
-        ('[attributes.genres]\nkind = "bag"', r"items\.toml: attributes\.genres\.kind"),
-        ('[attributes.genres]\nkind = "set"\ncolour = 1', r"items\.toml: attributes\.genres\.colour"),
-        ("[attributes", r"items\.toml: cannot be read as TOML"),
-    ],
-)
-def test_a_schema_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "items.toml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        ItemFeatureSchema.load(tmp_path / "items.toml")
 
 
 def test_a_column_that_does_not_fit_is_named() -> None:
@@ -84,3 +69,14 @@ def test_a_column_that_does_not_fit_is_named() -> None:
         features_of("colour", ItemAttribute(kind="category"))
     with pytest.raises(ConfigError, match="'title' is string, not a number"):
         features_of("title", ItemAttribute(kind="number"))
+
+
+def test_rare_items_share_rows_by_a_hash_of_their_ids() -> None:
+    year = ItemAttribute(kind="number", buckets=3)
+    features = item_features(ITEMS, ItemFeatureSchema(attributes={"year": year}, min_count=2, overflow=5), COUNTS)
+    found = of(features)
+    assert features.size == 8
+    assert [len(places) for places in found] == [1, 2, 2, 0]
+    assert all(3 <= found[item][-1] < 8 for item in (1, 2))
+    alone = item_features(ITEMS, ItemFeatureSchema(min_count=2, overflow=5), COUNTS)
+    assert [[place + 3 for place in places] for places in of(alone)] == [[], found[1][1:], found[2][1:], []]

@@ -3,11 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval.data.sequences import gather_histories
+from retrieval.data.sequences import gather_histories, user_histories
 from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.evaluation import baselines
 from retrieval.evaluation.baselines import ItemKNN
-from tests.support import Event, write_dataset
+from retrieval.types import TokenKind
+from tests.support import Event, add_side, write_dataset
 
 ITEMS = 9
 
@@ -50,3 +51,21 @@ def test_item_knn_is_its_formula(
             assert scores[user] == pytest.approx(similar[read].sum(axis=0), rel=1e-5)
             compared += 1
     assert compared >= 10
+
+
+def test_item_knn_passes_over_tokens_of_other_kinds(tmp_path: Path) -> None:
+    histories: list[list[Event]] = [[(item % ITEMS, 1, item) for item in range(user, user + 6)] for user in range(20)]
+    dataset = write_dataset(tmp_path / "d", histories, range(ITEMS))
+    split = split_dataset(dataset, SplitInfo(protocol="paper"))
+    knn = ItemKNN(dataset, split, last=2)
+    kinds = (
+        TokenKind(name="age", context=True, values=("1",)),
+        TokenKind(name="place", context=False, values=("a", "b")),
+    )
+    series = [[(2, 1, 0), (2, 2, 2 + user % 3 + user)] for user in range(20)]
+    rich = add_side(dataset, kinds, [[1]] * 20, series)
+    ends, times = split.test.targets, dataset.events.timestamps[split.test.targets]
+    plain = user_histories(dataset, split.test.users, ends, times, 50)
+    mixed = user_histories(rich, split.test.users, ends, times, 50)
+    assert len(mixed.items) > len(plain.items) + 20
+    np.testing.assert_array_equal(knn(mixed), knn(plain))

@@ -63,17 +63,20 @@ class World:
         return self.dataset.vocabulary.ids_of(np.array(rows, np.int64))
 
 
-def make_encoder(seed: int = 0, num_actions: int = 3) -> HSTUEncoder:
+def make_encoder(
+    seed: int = 0, num_actions: int = 3, kinds: tuple[int, ...] = (), query_actions: bool = False
+) -> HSTUEncoder:
     """Untrained, but with every part of it at work."""
     torch.manual_seed(seed)
-    config = HSTUConfig(
-        num_items=ITEMS, num_actions=num_actions, max_length=MAX_LENGTH, width=WIDTH, num_heads=2, qk_dim=8, v_dim=8
-    )
+    shape = {"max_length": MAX_LENGTH, "width": WIDTH, "num_heads": 2, "qk_dim": 8, "v_dim": 8}
+    asked = {"num_actions": num_actions, "kinds": kinds, "query_actions": query_actions}
+    config = HSTUConfig(num_items=ITEMS, **shape, **asked)
     encoder = HSTUEncoder(config).eval()
     with torch.no_grad():
         encoder.item_embedding.weight.normal_()
-        if encoder.action_embedding is not None:
-            encoder.action_embedding.weight.normal_()
+        for table in (encoder.action_embedding, encoder.query_embedding, encoder.side_embedding):
+            if table is not None:
+                table.weight.normal_()
         for name, parameter in encoder.named_parameters():
             if name.endswith(("uvqk", "time_table")):
                 parameter.normal_(std=0.5)
@@ -92,7 +95,12 @@ def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, actions:
             folder,
             encoder=encoder,
             info=CheckpointInfo(
-                encoder=encoder.config, actions=actions, dataset=dataset.info.fingerprint, split={}, training={}
+                encoder=encoder.config,
+                actions=actions,
+                kinds=dataset.info.kinds if encoder.config.kinds else (),
+                dataset=dataset.info.fingerprint,
+                split={},
+                training={},
             ),
             vocabulary=vocabulary,
             index=build_index(item_vectors(encoder), spec),

@@ -41,7 +41,7 @@ def grouped(folder: Path) -> Dataset:
 def test_rows_named_have_the_embeddings_of_the_whole(tmp_path: Path) -> None:
     dataset = grouped(tmp_path / "d")
     counts = dataset.item_counts
-    table = ItemTable(item_features(dataset.vocabulary, SCHEMA), SCHEMA, counts, width=4)
+    table = ItemTable(item_features(dataset.vocabulary, SCHEMA, counts), SCHEMA, counts, width=4)
     ids = torch.randn(WARM + COLD, 4)
     rows = torch.tensor([3, 44, 7])
     whole = table(ids)
@@ -51,6 +51,19 @@ def test_rows_named_have_the_embeddings_of_the_whole(tmp_path: Path) -> None:
     dropped = table(ids, generator=torch.Generator().manual_seed(0))
     alone = (dropped == whole[torch.arange(WARM + COLD) % GROUPS + WARM]).all(1)[:WARM]
     assert 0 < alone.sum() < WARM
+
+
+def test_an_item_without_features_keeps_its_id(tmp_path: Path) -> None:
+    """With overflow rows alone, frequent items have ids and no features, rare ones the other way round."""
+    dataset = grouped(tmp_path / "d")
+    schema = ItemFeatureSchema(id_dropout=0.9, overflow=3)
+    table = ItemTable(
+        item_features(dataset.vocabulary, schema, dataset.item_counts), schema, dataset.item_counts, width=4
+    )
+    ids = torch.randn(WARM + COLD, 4)
+    made = table(ids, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made[:WARM], ids[:WARM])
+    assert all(any(torch.equal(row, shared) for shared in table.weight) for row in made[WARM:])
 
 
 @pytest.mark.parametrize("options", [{"sparse_items": True}, {"sparse_items": False}, {"ema_decay": 0.9}], ids=str)

@@ -12,6 +12,7 @@ class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SOURCE_UNSPECIFIED: _ClassVar[Source]
     SOURCE_MODEL: _ClassVar[Source]
     SOURCE_POPULARITY: _ClassVar[Source]
+    SOURCE_CONTEXT: _ClassVar[Source]
 
 class IdKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -21,6 +22,7 @@ class IdKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 SOURCE_UNSPECIFIED: Source
 SOURCE_MODEL: Source
 SOURCE_POPULARITY: Source
+SOURCE_CONTEXT: Source
 ID_KIND_UNSPECIFIED: IdKind
 ID_KIND_INTEGER: IdKind
 ID_KIND_STRING: IdKind
@@ -46,14 +48,40 @@ class StringList(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class History(_message.Message):
-    __slots__ = ("items", "actions", "timestamps")
+    __slots__ = ("items", "actions", "timestamps", "context", "auxiliary")
+    class ContextEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class AuxiliaryEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: AuxiliarySeries
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[AuxiliarySeries, _Mapping]] = ...) -> None: ...
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     ACTIONS_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMPS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    AUXILIARY_FIELD_NUMBER: _ClassVar[int]
     items: ItemIds
     actions: _containers.RepeatedScalarFieldContainer[str]
     timestamps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., actions: _Optional[_Iterable[str]] = ..., timestamps: _Optional[_Iterable[int]] = ...) -> None: ...
+    context: _containers.ScalarMap[str, str]
+    auxiliary: _containers.MessageMap[str, AuxiliarySeries]
+    def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., actions: _Optional[_Iterable[str]] = ..., timestamps: _Optional[_Iterable[int]] = ..., context: _Optional[_Mapping[str, str]] = ..., auxiliary: _Optional[_Mapping[str, AuxiliarySeries]] = ...) -> None: ...
+
+class AuxiliarySeries(_message.Message):
+    __slots__ = ("values", "timestamps")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMPS_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[str]
+    timestamps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, values: _Optional[_Iterable[str]] = ..., timestamps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UserId(_message.Message):
     __slots__ = ("integer", "string")
@@ -136,7 +164,7 @@ class Filter(_message.Message):
     def __init__(self, compare: _Optional[_Union[Filter.Compare, _Mapping]] = ..., missing: _Optional[_Union[Filter.Missing, _Mapping]] = ..., all: _Optional[_Union[Filter.Parts, _Mapping]] = ..., any: _Optional[_Union[Filter.Parts, _Mapping]] = ..., **kwargs) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version", "fresh_events")
+    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version", "action", "fresh_events")
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     STORED_USER_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +175,7 @@ class RetrieveRequest(_message.Message):
     INCLUDE_TITLES_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
     FRESH_EVENTS_FIELD_NUMBER: _ClassVar[int]
     history: History
     stored_user: UserId
@@ -158,8 +187,9 @@ class RetrieveRequest(_message.Message):
     include_titles: bool
     filter: Filter
     required_version: str
+    action: str
     fresh_events: History
-    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ..., action: _Optional[str] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("items", "scores", "snapshot_version", "source", "shortfall", "unknown_items", "titles")
@@ -180,7 +210,7 @@ class RetrieveResponse(_message.Message):
     def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., scores: _Optional[_Iterable[float]] = ..., snapshot_version: _Optional[str] = ..., source: _Optional[_Union[Source, str]] = ..., shortfall: _Optional[int] = ..., unknown_items: _Optional[int] = ..., titles: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EmbedUsersRequest(_message.Message):
-    __slots__ = ("users", "request_time")
+    __slots__ = ("users", "request_time", "action")
     class User(_message.Message):
         __slots__ = ("history", "stored_user", "fresh_events")
         HISTORY_FIELD_NUMBER: _ClassVar[int]
@@ -192,9 +222,11 @@ class EmbedUsersRequest(_message.Message):
         def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
     USERS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_TIME_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
     users: _containers.RepeatedCompositeFieldContainer[EmbedUsersRequest.User]
     request_time: int
-    def __init__(self, users: _Optional[_Iterable[_Union[EmbedUsersRequest.User, _Mapping]]] = ..., request_time: _Optional[int] = ...) -> None: ...
+    action: str
+    def __init__(self, users: _Optional[_Iterable[_Union[EmbedUsersRequest.User, _Mapping]]] = ..., request_time: _Optional[int] = ..., action: _Optional[str] = ...) -> None: ...
 
 class EmbedUsersResponse(_message.Message):
     __slots__ = ("values", "width", "events_read", "unknown_items", "snapshot_version")
@@ -249,7 +281,7 @@ class GetServingStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServingStateResponse(_message.Message):
-    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users")
+    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users", "context", "auxiliary", "query_actions")
     SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +293,9 @@ class GetServingStateResponse(_message.Message):
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ANN_RECALL_FIELD_NUMBER: _ClassVar[int]
     STORED_USERS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    AUXILIARY_FIELD_NUMBER: _ClassVar[int]
+    QUERY_ACTIONS_FIELD_NUMBER: _ClassVar[int]
     snapshot_version: str
     created: str
     dataset: str
@@ -272,4 +307,7 @@ class GetServingStateResponse(_message.Message):
     index: str
     ann_recall: float
     stored_users: bool
-    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ...) -> None: ...
+    context: _containers.RepeatedScalarFieldContainer[str]
+    auxiliary: _containers.RepeatedScalarFieldContainer[str]
+    query_actions: bool
+    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ..., context: _Optional[_Iterable[str]] = ..., auxiliary: _Optional[_Iterable[str]] = ..., query_actions: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,148 @@
+"""Context and auxiliary series on their way from files into a dataset."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrieval.data.dataset import Dataset
+from retrieval.data.features import FeatureSchema, SideColumn
+from retrieval.data.ingest import EventSchema, UserSchema, ingest
+from retrieval.errors import ConfigError, DataError
+from retrieval.types import TokenKind
+from tests.data.logs import DAY, write
+
+LOG = (
+    "user_id,item_id,timestamp,region,device\n"
+    f"7,30,{DAY + 40},north,phone\n"
+    f"7,10,{DAY + 10},south,\n"
+    f"7,20,{DAY + 20},south,desk\n"
+    f"7,20,{DAY + 30},,desk\n"
+    f"7,10,{DAY + 35},south,desk\n"
+    f"2,20,{DAY},north,phone\n"
+    f"2,10,{DAY},east,phone\n"
+    f"2,30,{DAY + 1},north,phone\n"
+)
+USERS = "7::M::25\n2::F::\n9::F::18\n7::F::1\n"
+FEATURES = FeatureSchema(
+    context={"sex": SideColumn(), "age": SideColumn()},
+    auxiliary={"region": SideColumn(min_count=2), "device": SideColumn()},
+)
+COLUMNS = UserSchema(user="id", columns=("id", "sex", "age"))
+
+
+def small(folder: Path, features: FeatureSchema = FEATURES) -> Dataset:
+    log, users = write(folder / "log.csv", LOG), write(folder / "users.dat", USERS)
+    return ingest(log, folder / "data", users=users, user_schema=COLUMNS, features=features)
+
+
+def events_of(dataset: Dataset, user: int, end: int) -> list[tuple[str, str, int]]:
+    side = dataset.side(np.array([user]), np.array([end]))
+    assert side is not None
+    part = slice(int(side.starts[0]), int(side.ends[0]))
+    found = []
+    for kind, value, time in zip(side.kinds[part], side.values[part], side.timestamps[part], strict=True):
+        told = dataset.info.kinds[kind - 1]
+        found.append((told.name, ("?", *told.values)[value], int(time) - DAY))
+    return found
+
+
+def test_values_are_numbered_by_how_often_they_are_met(tmp_path: Path) -> None:
+    assert small(tmp_path).info.kinds == (
+        TokenKind(name="sex", context=True, values=("F", "M")),
+        TokenKind(name="age", context=True, values=("25",)),
+        TokenKind(name="region", context=False, values=("north", "south")),  # `east` is met once
+        TokenKind(name="device", context=False, values=("phone", "desk")),
+    )
+
+
+def test_a_series_keeps_the_first_event_of_each_run(tmp_path: Path) -> None:
+    dataset = small(tmp_path)
+    assert events_of(dataset, 1, 8) == [
+        ("region", "south", 10),
+        ("device", "desk", 20),
+        ("region", "north", 40),
+        ("device", "phone", 40),
+    ]
+    assert events_of(dataset, 0, 3) == [
+        ("region", "north", 0),
+        ("region", "?", 0),
+        ("device", "phone", 0),
+        ("region", "north", 1),
+    ]
+
+
+def test_what_is_recorded_with_an_event_is_not_known_before_it(tmp_path: Path) -> None:
+    dataset = small(tmp_path)
+    assert events_of(dataset, 1, 7) == [("region", "south", 10), ("device", "desk", 20)]
+    assert events_of(dataset, 1, 3) == []
+    assert events_of(dataset, 0, 2) == [("region", "north", 0), ("region", "?", 0), ("device", "phone", 0)]
+
+
+def test_context_is_the_users_first_row_and_0_where_nothing_is_known(tmp_path: Path) -> None:
+    side = small(tmp_path).side(np.array([0, 1]), np.array([3, 8]))
+    assert side is not None
+    assert side.context.tolist() == [[1, 0], [2, 1]]
+
+
+def test_the_main_series_and_the_fingerprint(tmp_path: Path) -> None:
+    rich = small(tmp_path / "rich")
+    plain = ingest(tmp_path / "rich/log.csv", tmp_path / "plain")
+    assert plain.side(np.array([0]), np.array([1])) is None
+    assert np.array_equal(rich.events.items, plain.events.items)
+    assert rich.info.fingerprint != plain.info.fingerprint
+
+
+def test_series_alone_and_context_alone(tmp_path: Path) -> None:
+    log, users = write(tmp_path / "log.csv", LOG), write(tmp_path / "users.dat", USERS)
+    series = ingest(log, tmp_path / "a", features=FeatureSchema(auxiliary={"device": SideColumn(max_values=1)}))
+    assert series.info.kinds == (TokenKind(name="device", context=False, values=("phone",)),)
+    assert [value for _, value, _ in events_of(series, 1, 8)] == ["?", "phone"]
+    features = FeatureSchema(context={"sex": SideColumn()})
+    context = ingest(log, tmp_path / "b", users=users, user_schema=COLUMNS, features=features)
+    assert events_of(context, 1, 8) == []
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    log, users = write(tmp_path / "log.csv", LOG), write(tmp_path / "users.dat", USERS)
+    with pytest.raises(ConfigError, match="context: sex, age must come from a users' file"):
+        ingest(log, tmp_path / "out", features=FEATURES)
+    with pytest.raises(ConfigError, match="declare no context"):
+        ingest(log, tmp_path / "out", users=users)
+    with pytest.raises(DataError, match=r"has no column 'regoin' for a series.*did you mean 'region'"):
+        ingest(log, tmp_path / "out", features=FeatureSchema(auxiliary={"regoin": SideColumn()}))
+    with pytest.raises(DataError, match=r"'x' .* is not a 64-bit integer id"):
+        ingest(
+            log,
+            tmp_path / "out",
+            users=write(tmp_path / "u.dat", "x::M::1\n"),
+            user_schema=COLUMNS,
+            features=FEATURES,
+        )
+    short = write(tmp_path / "v.dat", "7::M\n")
+    schema = UserSchema(user="id", columns=("id", "sex"))
+    with pytest.raises(DataError, match="has no column 'age'"):
+        ingest(log, tmp_path / "out", users=short, user_schema=schema, features=FEATURES)
+
+
+def test_ids_of_users_match_as_strings_too(tmp_path: Path) -> None:
+    log, users = write(tmp_path / "log.csv", LOG), write(tmp_path / "users.dat", USERS)
+    schema = EventSchema(user_type="string")
+    dataset = ingest(log, tmp_path / "out", schema=schema, users=users, user_schema=COLUMNS, features=FEATURES)
+    side = dataset.side(np.array([0, 1]), np.array([3, 8]))
+    assert side is not None
+    assert side.context.tolist() == [[1, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("name", ["context", "auxiliary", "ends"])
+def test_a_folder_whose_parts_do_not_belong_together_is_refused(tmp_path: Path, name: str) -> None:
+    folder = small(tmp_path / "one").path
+    text = "user_id,item_id,timestamp,region,device\n7,30,1,a,b\n7,20,2,a,b\n"
+    log = write(tmp_path / "log.csv", text)
+    other = ingest(log, tmp_path / "other", users=tmp_path / "one/users.dat", user_schema=COLUMNS, features=FEATURES)
+    (folder / f"{name}.arrow").write_bytes((other.path / f"{name}.arrow").read_bytes())
+    with pytest.raises(DataError, match="are not those of 2 users"):
+        Dataset(folder)
+    (folder / f"{name}.arrow").unlink()
+    with pytest.raises(DataError, match=f"{name}.arrow: is missing"):
+        Dataset(folder)

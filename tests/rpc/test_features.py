@@ -1,0 +1,225 @@
+"""Context, auxiliary series and asked actions over the wire: read as training reads them, never an error."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from retrieval.data.sequences import gather_training
+from retrieval.errors import InvalidRequestError, SnapshotCorruptError
+from retrieval.histories.fill import fill_histories
+from retrieval.histories.recorded import open_histories
+from retrieval.rpc.client import History, RetrievalClient, Source, StoredUser
+from retrieval.rpc.requests import EmbedRequest
+from retrieval.rpc.server import ServerConfig, running_server
+from retrieval.rpc.service import RetrievalService
+from retrieval.rpc.serving import ServingSnapshot
+from retrieval.snapshot.registry import Registry
+from retrieval.snapshot.store import open_snapshot
+from retrieval.types import JaggedBatch, TokenKind
+from tests.rpc.world import MAX_LENGTH, START, USERS, World, histories, make_encoder, publish, string_ids
+from tests.support import SideEvent, add_side, write_dataset
+from tests.tolerances import assert_close
+
+KINDS = (
+    TokenKind(name="age", context=True, values=("18", "25")),
+    TokenKind(name="region", context=False, values=("north", "south", "é")),
+    TokenKind(name="device", context=False, values=("phone",)),
+)
+LATER = START + 10_000_000
+
+
+def auxiliary(seed: int = 0) -> list[list[SideEvent]]:
+    """With runs, with values that have no row, at times of events and between them."""
+    rng, found = np.random.default_rng(seed), []
+    for events in histories():
+        times = sorted(int(events[at][2]) + int(rng.integers(-1, 2)) for at in rng.integers(0, len(events), 6))
+        kinds = rng.integers(2, 4, 6)
+        row = [
+            (int(kind), int(rng.integers(0, 4 if kind == 2 else 2)), time)
+            for kind, time in zip(kinds, times, strict=True)
+        ]
+        # As in a dataset: runs of equal values are their first event.
+        last: dict[int, int] = {}
+        kept = []
+        for kind, value, time in row:
+            if last.get(kind) != value:
+                kept.append((kind, value, time))
+            last[kind] = value
+        found.append(kept)
+    return found
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("rich")
+    dataset = write_dataset(folder / "dataset", histories(), string_ids())
+    dataset = add_side(dataset, KINDS, [[user % 3] for user in range(USERS)], auxiliary())
+    encoder = make_encoder(kinds=tuple(kind.rows for kind in KINDS), query_actions=True)
+    registry = Registry(folder / "registry")
+    publish(registry, dataset, encoder)
+    stored = open_histories(str(folder / "histories"))
+    fill_histories(dataset, stored)
+    return World(dataset, registry, encoder, stored)
+
+
+@pytest.fixture(scope="module")
+def rich_client(rich: World) -> Iterator[RetrievalClient]:
+    with (
+        running_server(ServerConfig(registry=rich.registry.location, port=0), rich.stored) as address,
+        RetrievalClient(address, timeout=10) as client,
+    ):
+        yield client
+
+
+def sent(rich: World, user: int, end: int) -> History:
+    """What a client that keeps its own log sends just before the user's event `end`: raw, runs not compressed."""
+    plain, begin = rich.history(user), int(rich.dataset.offsets[user])
+    side = rich.dataset.side(np.array([user]), np.array([begin + end]))
+    assert side is not None
+    age = int(side.context[0, 0])
+    context = {"age": KINDS[0].values[age - 1]} if age else {}
+    series: dict[str, list[tuple[int, str]]] = {"region": [], "device": []}
+    for at in range(int(side.starts[0]), int(side.ends[0])):
+        kind, row = KINDS[side.kinds[at] - 1], int(side.values[at])
+        series[kind.name] += 2 * [(int(side.timestamps[at]), kind.values[row - 1] if row else "mars")]
+    return History(plain.items[:end], plain.timestamps[:end], plain.actions[:end], context, series)
+
+
+def test_a_served_sequence_is_the_trained_one_token_for_token(rich: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, serving = rich.dataset, rich.open()
+    seen: list[JaggedBatch] = []
+    embed = ServingSnapshot.embed
+
+    def watched(self: ServingSnapshot, batch: JaggedBatch) -> NDArray[np.float32]:
+        seen.append(batch)
+        return embed(self, batch)
+
+    monkeypatch.setattr(ServingSnapshot, "embed", watched)
+    users = np.flatnonzero(np.diff(dataset.offsets) >= 2)
+    ends = dataset.offsets[users + 1]
+    side = dataset.side(users, ends - 1)
+    trained = gather_training(
+        dataset.events, dataset.offsets[users], ends, np.ones(3, np.float32), MAX_LENGTH, side
+    ).inputs
+    assert trained.kinds is not None
+    assert set(trained.kinds.tolist()) == {0, 1, 2, 3}
+    assert (np.diff(trained.offsets) == MAX_LENGTH).any()
+    service = RetrievalService()
+    for place, user in enumerate(users.tolist()):
+        last = int(ends[place] - dataset.offsets[user]) - 1
+        time = int(dataset.events.timestamps[ends[place] - 1])
+        service.embed_users(serving, EmbedRequest(users=[sent(rich, user, last)], request_time=time))
+        part = slice(int(trained.offsets[place]), int(trained.offsets[place + 1]))
+        for field in ("kinds", "items", "actions", "timestamps", "query_times"):
+            assert getattr(seen[-1], field).tolist() == getattr(trained, field)[part].tolist(), (user, field)
+
+
+def test_inline_and_stored_histories_are_the_same_over_the_socket(rich: World, rich_client: RetrievalClient) -> None:
+    service, serving = RetrievalService(rich.stored), rich.open()
+    for user in (0, 5, 11, 29):
+        inline = sent(rich, user, len(rich.history(user).items))
+        fresh = History([], [], (), inline.context, inline.auxiliary)
+        over = rich_client.embed_users([inline, StoredUser(user, fresh)], request_time=LATER, action="like")
+        here = service.embed_users(serving, EmbedRequest(users=[inline], request_time=LATER, action="like"))
+        assert_close(torch.tensor(over.embedding(0)), torch.tensor(here.values), "embedding", "forward")
+        assert_close(torch.tensor(over.embedding(1)), torch.tensor(here.values), "embedding", "forward")
+        assert over.events_read == [here.events_read[0]] * 2
+        assert 0 < here.events_read[0] <= MAX_LENGTH - len(KINDS)
+
+
+def test_a_stored_user_that_is_not_known_is_answered_from_context(rich_client: RetrievalClient) -> None:
+    answer = rich_client.retrieve(StoredUser(10**6, History([], [], (), {"age": "18"})), k=5, request_time=LATER)
+    assert answer.source is Source.CONTEXT
+
+
+def test_every_part_of_a_history_counts(rich: World, rich_client: RetrievalClient) -> None:
+    items, times = rich.ids([3, 4]), [START, START + 100]
+    variants: list[dict[str, Any]] = [
+        {},
+        {"context": {"age": "25"}},
+        {"auxiliary": {"region": [(START + 50, "south")]}},
+        {"auxiliary": {"region": [(START + 50, "north")]}},
+        {"auxiliary": {"device": [(START + 50, "phone")]}},
+    ]
+    found = [rich_client.embed_users([History(items, times, **one)], request_time=LATER).values for one in variants]
+    found.append(rich_client.embed_users([History(items, times)], request_time=LATER, action="skip").values)
+    for place, one in enumerate(found):
+        for other in found[:place]:
+            assert np.abs(np.subtract(one, other)).max() > 1e-3
+
+
+def test_what_the_snapshot_does_not_know_is_no_error(rich: World, rich_client: RetrievalClient) -> None:
+    items, times = rich.ids([3, 4]), [START, START + 100]
+
+    def values(context: dict[str, str], series: dict[str, list[tuple[int, str]]]) -> list[float]:
+        return rich_client.embed_users([History(items, times, (), context, series)], request_time=LATER).values
+
+    unknown = values({"age": "99"}, {"region": [(START, "mars")]})
+    assert unknown == values({"age": "", "shoe size": "44"}, {"region": [(START, "pluto"), (START + 9, "venus")]})
+    assert unknown != values({}, {})
+    assert values({}, {}) == values({"age": "99"}, {"colour": [(START, "red")]})
+
+
+def test_a_new_user_is_answered_from_context_and_says_so(rich: World, rich_client: RetrievalClient) -> None:
+    answers = [
+        rich_client.retrieve(History([], [], (), {"age": age}), k=5, request_time=LATER) for age in ("18", "25", "99")
+    ]
+    assert [answer.source for answer in answers] == [Source.CONTEXT, Source.CONTEXT, Source.POPULARITY]
+    assert answers[0].items != answers[1].items
+    series = History([], [], (), {}, {"device": [(START, "phone")]})
+    assert rich_client.retrieve(series, k=5, request_time=LATER).source is Source.CONTEXT
+    known = rich_client.retrieve(History(rich.ids([3]), [START]), k=5, request_time=LATER)
+    assert known.source is Source.MODEL
+    embedded = rich_client.embed_users([History([], [], (), {"age": "18"}), History([], [])], request_time=LATER)
+    assert embedded.events_read == [0, 0]
+    assert np.linalg.norm(embedded.embedding(0)) == pytest.approx(1, abs=1e-5)
+    assert not any(embedded.embedding(1))
+
+
+def test_the_state_says_what_is_read(rich_client: RetrievalClient, client: RetrievalClient) -> None:
+    state = rich_client.serving_state()
+    assert (state.context, state.auxiliary, state.query_actions) == (("age",), ("region", "device"), True)
+    state = client.serving_state()
+    assert (state.context, state.auxiliary, state.query_actions) == ((), (), False)
+
+
+def test_a_snapshot_without_kinds_takes_any_and_reads_none(world: World, client: RetrievalClient) -> None:
+    plain = world.history(5)
+    rich = History(plain.items, plain.timestamps, plain.actions, {"age": "25"}, {"region": [(START, "north")]})
+    answers = [client.embed_users([one], request_time=LATER).values for one in (plain, rich)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        ([(5, "a"), (4, "b")], r"history\.auxiliary\['region'\]\.timestamps\[1\]: 4 is before 5"),
+        ([(-1, "a")], r"history\.auxiliary\['region'\]\.timestamps\[0\]: -1 is not a time"),
+        ([(1, "a")] * 20_001, r"history\.auxiliary: has 20001 events; at most 20000"),
+        ([(1, 7)], r"context and auxiliary must hold strings and seconds"),
+    ],
+)
+def test_series_that_cannot_be_are_refused(rich_client: RetrievalClient, series: list[Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        rich_client.retrieve(History([], [], (), {}, {"region": series}), k=3)
+
+
+def test_actions_that_cannot_be_asked_for_are_refused(rich_client: RetrievalClient, client: RetrievalClient) -> None:
+    with pytest.raises(
+        InvalidRequestError, match="action: 'buy' is not an action of this snapshot; it has 'like', 'skip'"
+    ):
+        rich_client.retrieve(StoredUser(3), action="buy")
+    with pytest.raises(InvalidRequestError, match="action: cannot be asked for"):
+        client.retrieve(StoredUser(3), action="like")
+
+
+def test_a_snapshot_whose_kinds_do_not_fit_its_encoder_is_refused(rich: World, tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    version = publish(registry, rich.dataset, make_encoder(kinds=(3, 4, 9)))
+    with pytest.raises(SnapshotCorruptError, match="other numbers of values than its encoder"):
+        open_snapshot(registry.folder(version))
