@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Packages beside the core: `cpu` (faiss-cpu) or `gpu` (faiss-gpu), and what tests and checks need.
-EXTRAS ?= cpu,dev,otel,redis
+EXTRAS ?= cpu,dev,otel,redis,s3
 OUT ?= demo
 BIN := $(VENV)/bin
 
