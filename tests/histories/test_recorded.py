@@ -283,6 +283,14 @@ def test_a_write_is_all_or_nothing(tmp_path: Path) -> None:
     blobs.close()
 
 
+def test_a_folders_writes_are_synced(tmp_path: Path) -> None:
+    """A kill of the process cannot tell; only the loss of the machine's power could."""
+    blobs = EmbeddedBlobs(tmp_path / "store")
+    flags = blobs._environment.flags()
+    assert (flags["sync"], flags["metasync"], flags["writemap"], flags["map_async"]) == (True, True, False, False)
+    blobs.close()
+
+
 def test_a_redis_that_would_forget_is_refused(tmp_path: Path) -> None:
     with running_redis(tmp_path, "--appendonly", "yes", "--appendfsync", "everysec") as url:
         with pytest.raises(InputError, match="would lose acknowledged events in a crash; set `appendonly yes`"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from retrieval.data.dataset import Dataset
 from retrieval.data.ingest import ingest
 from retrieval.errors import ConfigError
 from retrieval.files import sha256_of
+from retrieval.histories.recorded import open_histories
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs import rebuild as module
 from retrieval.jobs.publish import Candidate, build_candidate
@@ -66,11 +68,19 @@ def gates_of(report: dict[str, object]) -> dict[str, bool]:
     return {gate["gate"]: gate["passed"] for gate in gates}
 
 
+def stored_days(folder: Path) -> float:
+    """Days of the log that a store of histories holds of a user."""
+    with closing(open_histories(str(folder))) as store:
+        history = store.read(7)
+    assert history is not None
+    return len(history.timestamps) / 6
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry after its first night."""
     root = tmp_path_factory.mktemp("first")
-    assert night(write_log(root / "log", 4), root) == 0
+    assert night(write_log(root / "log", 4), root, "--histories", str(root / "histories")) == 0
     return root
 
 
@@ -94,6 +104,7 @@ def test_the_first_night_is_held_against_popularity(first: Path) -> None:
     assert gates_of(report) == dict.fromkeys(("recall@50", "ndcg@50", "norms", "ann-recall", "latency"), True)
     snapshot = open_snapshot(Registry(first / "registry").folder(Registry(first / "registry").current()))
     assert snapshot.manifest.items == ITEMS
+    assert stored_days(first / "histories") == 4
 
 
 def test_the_next_night_starts_from_the_live_weights_and_is_held_against_it(
@@ -138,7 +149,8 @@ def test_a_log_without_news_is_no_night_unless_it_is_asked_for(root: Path, capsy
 def test_a_dry_run_publishes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_log(root / "log", 5)
     before = Registry(root / "registry").versions()
-    assert night(root / "log", root, "--dry-run") == 0
+    assert night(root / "log", root, "--dry-run", "--histories", str(root / "histories")) == 0
+    assert stored_days(root / "histories") == 4
     assert Registry(root / "registry").versions() == before
     assert "dry run" in capsys.readouterr().out
 
@@ -168,8 +180,10 @@ def test_shuffled_labels_are_refused_by_recall(
 
 def test_half_a_catalogue_is_refused_by_its_size(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "log")
-    gates = refused(root, write_log(root / "log", 5, items=ITEMS // 2), capsys)
+    log = write_log(root / "log", 5, items=ITEMS // 2)
+    gates = refused(root, log, capsys, "--histories", str(root / "refused"))
     assert not gates["catalogue"]
+    assert stored_days(root / "refused") == 5, "events are no model's: a server may answer from them all the same"
 
 
 def test_weights_that_are_not_numbers_are_refused(
