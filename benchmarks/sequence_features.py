@@ -8,9 +8,9 @@ age and occupation. Protocol `stable`, without choosing a checkpoint.
 new-users: a tenth of the users of ml1m have no event in training; asked for is the first event of each, if positive,
 from context alone. Differences are to popularity in training.
 
-globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer. A series that tells
-nothing shows what a further token brings by itself. The last of these days is asked for (`global-time`): a user's
-first click of it, from what came before. Items that first appear on that day cannot be found.
+globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer, and as a control one that
+never changes: what a further token brings by itself. The last of these days is asked for (`global-time`): the first
+click of each user on it, from what came before. Items that first appear on that day cannot be found.
 
 `--every n` takes the users whose id is a multiple of n. Differences are to the first variant with the same seed, over
 the same users; intervals are 95% over users. `tokens/s` is of training, batches included, the variants' steps taken in
