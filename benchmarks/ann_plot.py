@@ -1,6 +1,6 @@
 """Curves of recall against throughput from the rows of `benchmarks.ann`.
 
-    python -m benchmarks.ann_plot docs/
+python -m benchmarks.ann_plot docs/
 """
 
 import csv
