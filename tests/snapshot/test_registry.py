@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
 
 from retrieval.errors import (
     ConfigError,
@@ -32,8 +33,8 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Elsewhere:
     """Opens the same registry as a machine of this name would."""
     if request.param == "folder":
         return lambda machine: Registry(tmp_path / "registry")
-    url = request.getfixturevalue("s3_url")
-    store = object_store(url)
+    url = "memory://" if request.param == "memory" else request.getfixturevalue("s3_url")
+    store = MemoryStore() if request.param == "memory" else object_store(url)
     return lambda machine: Registry(url, ObjectStorage(url, store, tmp_path / machine, lease_seconds=1.0))
 
 
