@@ -3,7 +3,8 @@
     python -m benchmarks.sequence_features --datasets DIR --data ml1m --work /tmp/sequence [--every 2] [--seeds 0 1 2]
 
 ml1m: MovieLens-1M recovered, in the order of `seq_pos`; ratings are actions, those from 4 on positive; context is sex,
-age and occupation. Protocol `stable`, without choosing a checkpoint.
+age and occupation; genres and title words are attributes of items, with which unrated ones are candidates too.
+Protocol `stable`, without choosing a checkpoint.
 
 new-users: a tenth of the users of ml1m have no event in training; asked for is the first event of each, if positive,
 from context alone. Differences are to popularity in training.
@@ -35,7 +36,8 @@ from numpy.typing import NDArray
 from benchmarks.harness import append_rows, environment
 from retrieval.data.dataset import Dataset
 from retrieval.data.features import FeatureSchema, SideColumn
-from retrieval.data.ingest import EventSchema, UserSchema, ingest
+from retrieval.data.ingest import EventSchema, ItemSchema, UserSchema, ingest
+from retrieval.data.item_features import ItemFeatureSchema, item_features
 from retrieval.data.splits import Queries, Split, SplitInfo, split_dataset, training_counts
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import EncoderConfig
@@ -55,10 +57,14 @@ RESULTS = Path(__file__).parent / "results" / "sequence_features.csv"
 KS = (10, 50, 200)
 _CONTEXT = ("sex", "age", "occupation")
 _SERIES = ("region", "device_group", "referrer_type")
+_ITEMS = ItemFeatureSchema.model_validate(
+    {"attributes": {"genres": {"kind": "set"}, "title": {"kind": "text", "buckets": 8192}}}
+)
 VARIANTS: dict[str, dict[str, FeatureSchema]] = {
     "ml1m": {
         "items, ratings": FeatureSchema(),
         "and context": FeatureSchema(context=dict.fromkeys(_CONTEXT, SideColumn())),
+        "and context, genres, title": FeatureSchema(context=dict.fromkeys(_CONTEXT, SideColumn()), items=_ITEMS),
     },
     "new-users": {"context alone": FeatureSchema(context=dict.fromkeys(_CONTEXT, SideColumn()))},
     "globo": {
@@ -71,11 +77,16 @@ VARIANTS: dict[str, dict[str, FeatureSchema]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A dataset, its split and the encoder's shape."""
+    """A dataset, its split, the encoder's shape, and what items are made of beside their ids."""
 
     dataset: Dataset
     split: Split
     shape: EncoderConfig
+    items: ItemFeatureSchema | None
+
+    def config(self, epochs: int, seed: int, schedule: Schedule = "constant") -> TrainConfig:
+        """Hyperparameters."""
+        return TrainConfig(epochs=epochs, seed=seed, schedule=schedule, learning_rate=0.003, item_features=self.items)
 
 
 def main() -> None:
@@ -100,7 +111,7 @@ def main() -> None:
     for seed in parsed.seeds:
         base = _popularity_ranks(variants[first]) if parsed.data == "new-users" else None
         for name, variant in variants.items():
-            config = _config(parsed.epochs, seed, parsed.schedule)
+            config = variant.config(parsed.epochs, seed, parsed.schedule)
             run = parsed.work / f"{list(variants).index(name)}-{seed}"
             kept = train(variant.dataset, variant.split, variant.shape, config, run)
             ranks = _ranks(variant, kept)
@@ -126,10 +137,6 @@ def main() -> None:
             append_rows(parsed.out, [row | environment(torch.device("cpu"))])
 
 
-def _config(epochs: int, seed: int, schedule: Schedule = "constant") -> TrainConfig:
-    return TrainConfig(epochs=epochs, seed=seed, schedule=schedule, learning_rate=0.003)
-
-
 def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) -> Variant:
     folder = parsed.work / f"data-{list(VARIANTS[parsed.data]).index(name)}"
     if parsed.data != "globo":
@@ -151,6 +158,8 @@ def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) ->
         file,
         folder,
         schema=schema,
+        items=parsed.datasets / "ml-1m/movies.dat" if features.items is not None else None,
+        item_schema=ItemSchema(columns=("item_id", "title", "genres"), encoding="latin-1"),
         users=users if features.context else None,
         user_schema=UserSchema(columns=columns),
         features=features,
@@ -161,7 +170,7 @@ def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) ->
     found = split_dataset(dataset, split)
     if parsed.data == "new-users":
         found = _without_new_users(dataset, found)
-    return Variant(dataset=dataset, split=found, shape=shape)
+    return Variant(dataset=dataset, split=found, shape=shape, items=features.items)
 
 
 def _without_new_users(dataset: Dataset, split: Split) -> Split:
@@ -210,13 +219,15 @@ def _speeds(variants: dict[str, Variant], steps: int) -> dict[str, float]:
 
 def _steps(variant: Variant) -> Iterator[int]:
     """Tokens of each step of training, which is done when they are told."""
-    config = _config(1000, 0)
+    config = variant.config(1000, 0)
     torch.manual_seed(0)
     encoder = build_encoder(variant.shape)
     batches = Batches(
         variant.dataset, variant.split, config, objective=encoder.objective, max_length=variant.shape.max_length
     )
-    learner = Learner(encoder, config, training_counts(variant.dataset, variant.split), batches.per_epoch)
+    counts = training_counts(variant.dataset, variant.split)
+    features = None if variant.items is None else item_features(variant.dataset.vocabulary, variant.items, counts)
+    learner = Learner(encoder, config, counts, batches.per_epoch, features)
     for step, batch in batches.from_step(0):
         learner.step(batch, step)
         yield len(batch.targets)
