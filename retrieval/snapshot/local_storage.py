@@ -55,10 +55,11 @@ class LocalStorage:
     def add(self, fill: Callable[[Path], str]) -> str:
         """See `Storage`."""
         staging = self.path / _STAGING
-        with new_folder(staging) as folder:
-            version = fill(folder)
-        staging.rename(self.path / version)
-        fsync_folder(self.path)
+        with self._writable():
+            with new_folder(staging) as folder:
+                version = fill(folder)
+            staging.rename(self.path / version)
+            fsync_folder(self.path)
         return version
 
     def remove(self, version: str) -> bool:
@@ -84,7 +85,7 @@ class LocalStorage:
 
     def replace_pointer(self, content: bytes, *, instead_of: bytes | None) -> None:
         """See `Storage`."""
-        with locked(self.path / _POINTER_LOCK):
+        with self._writable(), locked(self.path / _POINTER_LOCK):
             if self.pointer() != instead_of:
                 raise SnapshotConflictError(f"{self.path / CURRENT}: was changed by somebody else at the same time")
             write_atomically(self.path / CURRENT, content)
@@ -103,6 +104,13 @@ class LocalStorage:
                 raise InputError(f"{self.path}: cannot be used ({error.strerror})") from None
             newest = max(map(version_number, self.versions()), default=0)
             yield Grant(newest + 1, confirm=lambda: None)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SnapshotError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def sweep(self) -> None:
         """Remove what processes that were killed have left; only for who holds the lease."""

@@ -223,8 +223,7 @@ class ObjectStorage:
     def _cache_locked(self) -> Iterator[None]:
         try:
             self._cache.path.mkdir(parents=True, exist_ok=True)
-            lock = locked(self._cache.path / LEASE)
-            with lock:
+            with locked(self._cache.path / LEASE):
                 yield
         except OSError as error:
             raise SnapshotError(f"{self._cache.path}: cannot be used for copies ({error.strerror})") from None

@@ -1,5 +1,6 @@
 """What every registry promises, asked of a local folder and of an S3 server over a socket."""
 
+import errno
 import sys
 import threading
 from collections.abc import Callable
@@ -101,6 +102,18 @@ def test_a_write_that_fails_changes_nothing(registry: Registry, tmp_path: Path) 
         registry.publish(fails)
     assert (registry.current(), registry.versions()) == (live, versions)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith((".tmp-", "staging"))]
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_changes_nothing(registry: Registry) -> None:
+    live, versions = registry.current(), registry.versions()
+
+    def fails(folder: Path) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SnapshotError, match=r"^\S+ cannot be written \(No space left on device\)$"):
+        registry.publish(fails)
+    assert (registry.current(), registry.versions()) == (live, versions)
+    publish(registry, seed=1)
 
 
 def test_one_rebuild_at_a_time(registry: Registry, elsewhere: Elsewhere) -> None:
