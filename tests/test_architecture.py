@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cli": tuple(path.name for path in PACKAGE.iterdir() if path.is_dir()),
 }
 # Narrower than its room: what a client's machine must be able to import.
-CLIENT_SIDE = ("rpc.client", "rpc.convert", "rpc._generated")
+CLIENT_SIDE = ("rpc.client", "rpc.aio", "rpc.convert", "rpc._generated")
 FOREIGN_TO: dict[str, set[str]] = {
     "index": {"torch"},
     "evaluation": {"torch"},
@@ -100,6 +100,7 @@ def test_every_public_module_says_what_it_exports() -> None:
     [
         ("retrieval", {"torch", "faiss", "pyarrow", "duckdb", "grpc", "numpy"}),
         ("retrieval.rpc.client", {"torch", "faiss", "pyarrow", "duckdb", "numpy"}),
+        ("retrieval.rpc.aio", {"torch", "faiss", "pyarrow", "duckdb", "numpy"}),
         ("retrieval.cli.main", {"torch", "faiss", "pyarrow", "duckdb", "matplotlib"}),
         ("retrieval.index.searcher", {"torch"}),
     ],

@@ -1,4 +1,4 @@
-"""The typed client. Loads neither torch, faiss, pyarrow nor numpy.
+"""The typed client; `rpc.aio` has the same for asyncio. Loads neither torch, faiss, pyarrow nor numpy.
 
 from retrieval.rpc.client import History, RetrievalClient
 
@@ -46,6 +46,8 @@ from retrieval.rpc.requests import (
 from retrieval.rpc.status import error_of
 
 __all__ = [
+    "OPTIONS",
+    "SERVICE",
     "Embedded",
     "Embedding",
     "Event",
@@ -56,16 +58,18 @@ __all__ = [
     "ServingState",
     "Source",
     "StoredUser",
+    "authorization",
+    "retrieve_message",
 ]
 
-_SERVICE: str = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+SERVICE: str = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 
 # Any call may be repeated: the server recognises recorded events. All five attempts fit in the default deadline, so
 # that a server without a snapshot is reported as that and not as a deadline that passed.
 _RETRIES = {
     "methodConfig": [
         {
-            "name": [{"service": _SERVICE}],
+            "name": [{"service": SERVICE}],
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.02s",
@@ -76,12 +80,43 @@ _RETRIES = {
         }
     ]
 }
-_OPTIONS = [
+OPTIONS = [
     ("grpc.service_config", json.dumps(_RETRIES)),
     # Embeddings of many users are larger than gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 * 2**20),
 ]
 _POLL_SECONDS = 0.1
+
+
+def authorization(token: str | None) -> tuple[tuple[str, str], ...]:
+    """Metadata of every call: the bearer token, if there is one."""
+    return (("authorization", f"Bearer {token}"),) if token is not None else ()
+
+
+def retrieve_message(
+    user: History | StoredUser | Embedding,
+    k: int,
+    request_time: int | None,
+    exclude: Ids,
+    exclude_seen: bool,
+    include_titles: bool,
+    filter: Filter | str | None,
+    required_version: str,
+    action: str,
+) -> pb.RetrieveRequest:
+    """The message of a `RetrievalClient.retrieve`, whose arguments these are."""
+    request = RetrieveRequest(
+        user=user,
+        k=k,
+        request_time=request_time,
+        exclude=exclude,
+        exclude_seen=exclude_seen,
+        include_titles=include_titles,
+        filter=filter_from(filter) if isinstance(filter, str) else filter,
+        required_version=required_version,
+        action=action,
+    )
+    return retrieve_request_to(request)
 
 
 class RetrievalClient:
@@ -115,11 +150,11 @@ class RetrievalClient:
         token: str | None = None,
     ) -> None:
         self._address, self._timeout = address, timeout
-        self._metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
+        self._metadata = authorization(token)
         if credentials is not None:
-            self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
         else:
-            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
         self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
         self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
@@ -128,7 +163,7 @@ class RetrievalClient:
 
     def _method(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
         method: Callable[..., Any] = self._channel.unary_unary(
-            f"/{_SERVICE}/{name}",
+            f"/{SERVICE}/{name}",
             request_serializer=request.SerializeToString,
             response_deserializer=response.FromString,
         )
@@ -185,18 +220,10 @@ class RetrievalClient:
             FilterError: the text is no filter.
             RetrievalError: see the class.
         """
-        request = RetrieveRequest(
-            user=user,
-            k=k,
-            request_time=request_time,
-            exclude=exclude,
-            exclude_seen=exclude_seen,
-            include_titles=include_titles,
-            filter=filter_from(filter) if isinstance(filter, str) else filter,
-            required_version=required_version,
-            action=action,
+        message = retrieve_message(
+            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action
         )
-        return retrieved_from(self._call(self._retrieve, retrieve_request_to(request), timeout))
+        return retrieved_from(self._call(self._retrieve, message, timeout))
 
     def embed_users(
         self,
@@ -249,7 +276,7 @@ class RetrievalClient:
         Raises:
             RetrievalError: see the class.
         """
-        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=_SERVICE), timeout)
+        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=SERVICE), timeout)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def wait_until_serving(self, seconds: float) -> None:

@@ -99,11 +99,11 @@ def error_of(call: grpc.RpcError, address: str, timeout: float | None) -> Retrie
     """The error that a client raises for a failed call.
 
     Args:
-        call: what gRPC raised; it is a `grpc.Call`, too.
+        call: what gRPC raised; it has the call's code, details and trailing metadata, too.
         address: the server's address, for messages.
         timeout: the call's deadline in seconds, for messages.
     """
-    assert isinstance(call, grpc.Call)
+    assert isinstance(call, grpc.Call | grpc.aio.AioRpcError)
     code, sentence = call.code(), call.details() or ""
     reason, field, description = _details(call)
     if reason == "INVALID_REQUEST":
@@ -117,7 +117,7 @@ def error_of(call: grpc.RpcError, address: str, timeout: float | None) -> Retrie
     return ServerFaultError(f"{address}: {code.name}: {sentence}")
 
 
-def _details(call: grpc.Call) -> tuple[str, str, str]:
+def _details(call: "grpc.Call | grpc.aio.AioRpcError") -> tuple[str, str, str]:
     """ErrorInfo.reason of our domain, and the first field violation; empty where a failure carries none."""
     try:
         status = rpc_status.from_call(call)

@@ -1,0 +1,139 @@
+"""The typed client for asyncio. Loads no more than `rpc.client`.
+
+async with AsyncRetrievalClient("localhost:50051") as client:
+    answers = await asyncio.gather(*(client.retrieve(user, k=100) for user in users))
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from retrieval.histories.event import Event
+from retrieval.index.filter import Filter
+from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.client import OPTIONS, SERVICE, authorization, retrieve_message
+from retrieval.rpc.convert import (
+    embed_request_to,
+    embedded_from,
+    record_request_to,
+    recorded_from,
+    retrieved_from,
+    state_from,
+)
+from retrieval.rpc.requests import (
+    Embedded,
+    Embedding,
+    EmbedRequest,
+    History,
+    Ids,
+    Recorded,
+    RecordRequest,
+    Retrieved,
+    ServingState,
+    StoredUser,
+)
+from retrieval.rpc.status import error_of
+
+__all__ = ["AsyncRetrievalClient"]
+
+
+class AsyncRetrievalClient:
+    """`RetrievalClient` whose calls are awaited: same arguments, answers, errors, deadlines and retries.
+
+    To be made and used in one event loop. Args as of `RetrievalClient`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        timeout: float = 1.0,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+    ) -> None:
+        self._address, self._timeout, self._metadata = address, timeout, authorization(token)
+        if credentials is not None:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
+        self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
+        self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
+        self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def _method(self, name: str, request: Any, response: Any) -> Callable[..., Awaitable[Any]]:
+        method: Callable[..., Awaitable[Any]] = self._channel.unary_unary(
+            f"/{SERVICE}/{name}",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        return method
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        await self._channel.close()
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], message: Any, timeout: float | None) -> Any:
+        seconds = timeout if timeout is not None else self._timeout
+        try:
+            return await method(message, timeout=seconds, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self._address, seconds) from None
+
+    async def retrieve(
+        self,
+        user: History | StoredUser | Embedding,
+        *,
+        k: int = 100,
+        request_time: int | None = None,
+        exclude: Ids = (),
+        exclude_seen: bool = False,
+        include_titles: bool = False,
+        filter: Filter | str | None = None,
+        required_version: str = "",
+        action: str = "",
+        timeout: float | None = None,
+    ) -> Retrieved:
+        """As `RetrievalClient.retrieve`."""
+        message = retrieve_message(
+            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action
+        )
+        return retrieved_from(await self._call(self._retrieve, message, timeout))
+
+    async def embed_users(
+        self,
+        users: Sequence[History | StoredUser],
+        *,
+        request_time: int | None = None,
+        action: str = "",
+        timeout: float | None = None,
+    ) -> Embedded:
+        """As `RetrievalClient.embed_users`."""
+        message = embed_request_to(EmbedRequest(users=users, request_time=request_time, action=action))
+        return embedded_from(await self._call(self._embed_users, message, timeout))
+
+    async def record_events(self, events: Sequence[Event], *, timeout: float | None = None) -> Recorded:
+        """As `RetrievalClient.record_events`."""
+        message = record_request_to(RecordRequest(events=events))
+        return recorded_from(await self._call(self._record_events, message, timeout))
+
+    async def serving_state(self, *, timeout: float | None = None) -> ServingState:
+        """As `RetrievalClient.serving_state`."""
+        return state_from(await self._call(self._state, pb.GetServingStateRequest(), timeout))
+
+    async def is_serving(self, *, timeout: float | None = None) -> bool:
+        """As `RetrievalClient.is_serving`."""
+        answer = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service=SERVICE), timeout)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
