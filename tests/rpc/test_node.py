@@ -1,4 +1,4 @@
-"""A client in another language, over TLS and with a token, gets what ours gets and what the service gives in process."""
+"""A client in another language, over TLS and with a token, gets what ours gets and what the service gives."""
 
 import json
 import shutil
@@ -66,7 +66,8 @@ def test_three_ways_to_ask_give_one_answer(
         RetrieveRequest(user=world.history(user), k=1 + user % 9, request_time=LATER, exclude_seen=user % 2 == 0)
         for user in range(USERS)
     ]
-    wrong = RetrieveRequest(user=History(world.history(0).items[:2], [9, 5]), k=3)
+    backwards = History(world.history(9).items[:2], [9, 5])
+    wrong = RetrieveRequest(user=backwards, k=3)
     messages = [
         json_format.MessageToDict(retrieve_request_to(one), preserving_proto_field_name=True)
         for one in [*requests, wrong]
@@ -89,7 +90,7 @@ def test_three_ways_to_ask_give_one_answer(
                 assert answer["scores"] == pytest.approx(ours.scores, abs=1e-5)
                 assert answer["snapshot_version"] == ours.snapshot_version
             with pytest.raises(InvalidRequestError) as error:
-                client.retrieve(wrong.user, k=3)
+                client.retrieve(backwards, k=3)
     assert refused["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert refused["details"] == str(error.value)
     assert stranger["code"] == grpc.StatusCode.UNAUTHENTICATED.value[0]
