@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from retrieval.cli.console import OUT, progress, say
-from retrieval.cli.options import add_json_option, opened_histories
+from retrieval.cli.options import add_connection_options, add_json_option, connected, opened_histories
 from retrieval.errors import InputError, UnknownUserError
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help='JSON lines: {"user": ID, "item": ID, "timestamp": SECONDS}, maybe "action": NAME, "event_id": TEXT',
     )
-    action.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="default: localhost:50051")
-    action.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="of a call (default: 5)")
+    add_connection_options(action)
     action.set_defaults(run=_record)
 
 
@@ -88,10 +87,9 @@ def _plain(item: object) -> int | str:
 
 
 def _record(parsed: argparse.Namespace) -> None:
-    from retrieval.rpc.client import RetrievalClient
 
     events, recorded, unknown = _read(parsed.events), 0, 0
-    with RetrievalClient(parsed.address, timeout=parsed.timeout) as client:
+    with connected(parsed) as client:
         while part := list(itertools.islice(events, _TOGETHER)):
             unknown += client.record_events(part).unknown_items
             recorded += len(part)

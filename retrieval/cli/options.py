@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from retrieval.histories.recorded import RecordedHistories
     from retrieval.index.choice import AutoIndex
     from retrieval.index.spec import IndexSpec
+    from retrieval.rpc.client import RetrievalClient
     from retrieval.training.config import TrainConfig
 
 __all__ = [
     "REGISTRY_HELP",
+    "add_connection_options",
     "add_device_option",
     "add_features_option",
     "add_histories_option",
     "add_index_options",
     "add_json_option",
     "add_training_options",
+    "connected",
     "index_spec",
     "opened_histories",
     "pick_device",
@@ -36,6 +39,44 @@ REGISTRY_HELP = "folder of snapshots, or a URL such as s3://BUCKET/PREFIX"
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def add_connection_options(parser: argparse.ArgumentParser) -> None:
+    """Add where a server is and how it is asked."""
+    parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="default: localhost:50051")
+    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default: 5")
+    parser.add_argument("--tls-ca", type=existing_path, metavar="FILE", help="ask by TLS; who signs for the server")
+    parser.add_argument("--tls-cert", type=existing_path, metavar="FILE", help="own certificate, for mutual TLS")
+    parser.add_argument("--tls-key", type=existing_path, metavar="FILE", help="its key")
+    parser.add_argument("--token-file", type=existing_path, metavar="FILE", help="bearer token, the file's one line")
+
+
+def connected(parsed: argparse.Namespace) -> "RetrievalClient":
+    """A client by what `add_connection_options` added.
+
+    Raises:
+        InputError: options that do not fit each other, or a file that cannot be used.
+    """
+    import grpc
+
+    from retrieval.rpc.client import RetrievalClient
+
+    if (parsed.tls_cert is None) != (parsed.tls_key is None):
+        raise InputError("--tls-cert and --tls-key: one without the other")
+    if parsed.tls_cert is not None and parsed.tls_ca is None:
+        raise InputError("--tls-cert: needs --tls-ca, who signs for the server")
+    credentials = token = None
+    try:
+        if parsed.tls_ca is not None:
+            key, chain = (None if path is None else path.read_bytes() for path in (parsed.tls_key, parsed.tls_cert))
+            credentials = grpc.ssl_channel_credentials(parsed.tls_ca.read_bytes(), key, chain)
+        if parsed.token_file is not None:
+            token = parsed.token_file.read_text(encoding="ascii").strip()
+            if not token or len(token.split()) != 1:
+                raise InputError(f"{parsed.token_file}: does not hold one token")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--tls-ca, --tls-cert, --tls-key, --token-file: {error}") from None
+    return RetrievalClient(parsed.address, timeout=parsed.timeout, credentials=credentials, token=token)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.table import Table
 
 from retrieval.cli.console import OUT, say
-from retrieval.cli.options import add_json_option
+from retrieval.cli.options import add_connection_options, add_json_option, connected
 from retrieval.errors import InputError, UnknownUserError
 
 if TYPE_CHECKING:
@@ -40,24 +40,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--action", default="", help="items that are likely to be met with this action (default: any)")
     parser.add_argument("-k", type=int, default=20, help="how many items (default: 20)")
-    parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="default: localhost:50051")
     parser.add_argument("--request-time", type=int, metavar="SECONDS", help="moment of the request, UTC (default: now)")
     parser.add_argument("--exclude", default="", metavar="IDS", help="items to leave out, by comma")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out every item of the history")
     parser.add_argument("--filter", metavar="TEXT", help='condition on attributes: "year >= 1990 and kids = true"')
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default: 5")
+    add_connection_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Ask and print."""
-    from retrieval.rpc.client import History, RetrievalClient
+    from retrieval.rpc.client import History
 
     context = _context(parsed.context)
     if parsed.user is None and parsed.history is None and not context:
         raise InputError("query: for whom? Give --user, --history or both")
-    with RetrievalClient(parsed.address, timeout=parsed.timeout) as client:
+    with connected(parsed) as client:
         excluded = [text for text in parsed.exclude.split(",") if text]
         exclude = excluded if client.serving_state().string_ids else [_integer("--exclude", text) for text in excluded]
 
