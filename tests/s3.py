@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 import pytest
 from moto.server import ThreadedMotoServer
 
-__all__ = ["s3_server", "s3_url"]
+__all__ = ["make_bucket", "s3_server", "s3_url", "settings"]
 
 
 @pytest.fixture(scope="session")
@@ -22,18 +22,27 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a new bucket's folder; the environment says how to reach it."""
-    settings = {
-        "AWS_ENDPOINT_URL": s3_server,
+def settings(endpoint: str) -> dict[str, str]:
+    """The environment that says how to reach it."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_ALLOW_HTTP": "true",
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
     }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
+
+
+def make_bucket(endpoint: str) -> str:
+    """URL of a folder in a new bucket."""
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    urlopen(Request(f"{s3_server}/{bucket}", method="PUT")).close()
+    urlopen(Request(f"{endpoint}/{bucket}", method="PUT")).close()
     return f"s3://{bucket}/recommender/items"
+
+
+@pytest.fixture
+def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a new bucket's folder; the environment says how to reach it."""
+    for name, value in settings(s3_server).items():
+        monkeypatch.setenv(name, value)
+    return make_bucket(s3_server)
