@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
+# What a night makes does not follow from these; the log's own files it looks at itself.
+_NOT_INPUTS = {"run", "json", "device", "memory", "dry_run", "events", "registry", "work", "histories"}
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
@@ -80,7 +83,7 @@ def run(parsed: argparse.Namespace) -> None:
     names = ("full", "warm_epochs", "finish_epochs", "hold_out", "keep")
     given = {name: value for name in names if (value := getattr(parsed, name)) is not None}
     parts = {"training": train_config(parsed), "index": index_spec(parsed), "gates": gates}
-    config = RebuildConfig.parse(given | parts, "command line")
+    config = RebuildConfig.parse(given | parts | {"inputs": _inputs(parsed)}, "command line")
     device = pick_device(parsed.device)
     with opened_histories(parsed.histories) as histories, progress("train") as update:
 
@@ -106,6 +109,19 @@ def run(parsed: argparse.Namespace) -> None:
         print(json.dumps({"version": night.version, "report": night.report}))
     else:
         _show(night)
+
+
+def _inputs(parsed: argparse.Namespace) -> dict[str, str]:
+    """All options that may decide what a night makes; of a file also what tells that it was changed."""
+    inputs = {}
+    for name, value in vars(parsed).items():
+        if name in _NOT_INPUTS or value is None:
+            continue
+        inputs[name] = str(value)
+        if isinstance(value, Path) and value.is_file():
+            found = value.stat()
+            inputs[name] += f", {found.st_size} bytes, written at {found.st_mtime_ns}"
+    return inputs
 
 
 def _show(night: "Night") -> None:

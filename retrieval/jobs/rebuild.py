@@ -69,6 +69,7 @@ class RebuildConfig(Config):
         hold_out: share of all events, the latest, that the gates are measured on where no live snapshot says what is
             new.
         keep: snapshots that stay in the registry, beside the live one.
+        inputs: whatever else decides what `ingest` and `encoder_config` make: another one is another night.
     """
 
     training: TrainConfig
@@ -79,6 +80,7 @@ class RebuildConfig(Config):
     finish_epochs: int = Field(default=1, ge=1)
     hold_out: float = Field(default=0.05, gt=0, lt=1)
     keep: int = Field(default=7, ge=1)
+    inputs: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

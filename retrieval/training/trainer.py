@@ -173,7 +173,7 @@ def train(
                 run.save()
             if request.signal is not None and not ends:
                 name = signal.Signals(request.signal).name
-                message = f"stopped by {name} after step {step + 1} of {steps}; continue it with --resume"
+                message = f"stopped by {name} after step {step + 1} of {steps}; saved: run it again to go on (train: with --resume)"
                 raise TrainingStoppedError(message, request.signal)
     return run.finish(device)
 

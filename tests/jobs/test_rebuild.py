@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval.cli.main import main
+from retrieval.cli.main import build_parser, main
+from retrieval.cli.rebuild import _inputs
 from retrieval.data.dataset import Dataset
 from retrieval.data.ingest import ingest
 from retrieval.errors import ConfigError
@@ -28,6 +29,7 @@ from retrieval.jobs.publish import Candidate, build_candidate
 from retrieval.jobs.warm_start import carried_over
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
+from retrieval.training.config import TrainConfig
 
 USERS, ITEMS, DAY = 120, 40, 86_400
 OPTIONS = ["--preset", "demo", "--epochs", "6", "--warm-epochs", "2", "--learning-rate", "0.01", "--batch-size", "16"]
@@ -270,3 +272,22 @@ def test_a_night_that_is_killed_ends_like_one_that_was_not(root: Path, tmp_path:
     for name in ("encoder.safetensors", "vocabulary.arrow", "index.faiss"):
         assert sha256_of(killed.folder(killed.current()) / name) == sha256_of(whole.folder(whole.current()) / name)
     assert [path.name for path in (other / "work").glob("night-*/.tmp-*")] == []
+
+
+def test_another_file_of_items_or_other_options_are_another_night(tmp_path: Path) -> None:
+    items, log = tmp_path / "items.csv", write_log(tmp_path / "log", 1)
+    items.write_text("item_id,title\n1,One\n")
+
+    def name(*options: str) -> str:
+        command = ["rebuild", str(log), "--registry", "r", "--work", "w", "--items", str(items), *OPTIONS, *options]
+        parts = {"training": TrainConfig(), "index": IndexSpec()}
+        config = module.RebuildConfig.parse(parts | {"inputs": _inputs(build_parser().parse_args(command))}, "test")
+        return module._name_of_night(log, config, None)
+
+    first = name()
+    assert name() == first
+    assert name("--dry-run", "--json", "--memory", "1GB") == first
+    assert name("--item", "article") != first
+    assert name("--query-actions") != first
+    items.write_text("item_id,title\n1,Two\n")
+    assert name() != first

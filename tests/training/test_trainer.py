@@ -197,7 +197,9 @@ def test_sigterm_finishes_the_step_saves_the_state_and_says_how_to_go_on(
     code, lines = cut_short("everything", data_dir, tmp_path / "cut", 6, signal.SIGTERM, state_seconds=60.0)
     assert code == 128 + signal.SIGTERM
     done = int(lines[-2]) if len(lines) > 1 else 6
-    assert lines[-1] == f"stopped by SIGTERM after step {done} of 48; continue it with --resume"
+    assert (
+        lines[-1] == f"stopped by SIGTERM after step {done} of 48; saved: run it again to go on (train: with --resume)"
+    )
     resumed: list[int] = []
     run_variant("everything", data_dir, tmp_path / "cut", lambda report: resumed.append(report.step))
     assert resumed[0] == done + 1
