@@ -173,7 +173,8 @@ def train(
                 run.save()
             if request.signal is not None and not ends:
                 name = signal.Signals(request.signal).name
-                message = f"stopped by {name} after step {step + 1} of {steps}; saved: run it again to go on (train: with --resume)"
+                done = f"stopped by {name} after step {step + 1} of {steps}"
+                message = f"{done}; saved: run it again to go on (train: with --resume)"
                 raise TrainingStoppedError(message, request.signal)
     return run.finish(device)
 
