@@ -54,7 +54,7 @@ class Entry:
 
 
 # 101 epochs of the public tables are not needed with the full softmax, which gets there sooner.
-FULL = {"negatives": "full", "epochs": 50}
+FULL = {"negatives": "full", "epochs": 50, "validate_every": 2}
 SHORT = {"negatives": "full", "epochs": 36, "schedule": "cosine"}
 ENTRIES: dict[str, Entry] = {
     "HSTU": Entry("ml1m", FULL),
