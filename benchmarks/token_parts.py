@@ -52,6 +52,7 @@ VARIANTS = {
     "4 and 5 predicted, ratings read": Variant(),
     "and asked for a rating": Variant(shape={"query_actions": True}),
     "and no time bias": Variant(shape={"time_bias": False}),
+    "and items and actions interleaved": Variant(shape={"layout": "interleaved"}),
 }
 
 
