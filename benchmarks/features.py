@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for datasets and training runs")
     parser.add_argument("--preset", default="ml1m", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--every", type=int, default=1, help="takes one user in so many (default: 1)")
     parser.add_argument("--variants", nargs="+", type=int, default=list(range(len(VARIANTS))), help="by their places")
@@ -81,6 +82,7 @@ def main() -> None:
     cold = _ColdQueries(dataset, users[last], item[last], times[last], hidden)
     popular = cold.popularity_ranks(counts[np.searchsorted(items, hidden)])
     common: dict[str, object] = {"users": f"one in {parsed.every}", "preset": parsed.preset, "epochs": parsed.epochs}
+    common["batch"] = parsed.batch_size
     same = np.ones(len(split.test), np.int64)
     none = dict.fromkeys(columns_of(same, same, KS), "")
     found: dict[str, object] = {"cold_queries": len(popular), "warm_queries": len(split.test)}
@@ -90,7 +92,14 @@ def main() -> None:
     for seed in parsed.seeds:
         base = None
         for name in (list(VARIANTS)[place] for place in parsed.variants):
-            config = TrainConfig(epochs=parsed.epochs, seed=seed, learning_rate=0.003, item_features=VARIANTS[name])
+            config = TrainConfig(
+                epochs=parsed.epochs,
+                batch_size=parsed.batch_size,
+                learning_rate=0.002,
+                schedule="cosine",
+                seed=seed,
+                item_features=VARIANTS[name],
+            )
             shape = PRESETS[parsed.preset](num_items=len(dataset.vocabulary))
             run = parsed.work / f"{list(VARIANTS).index(name)}-{seed}"
             kept = train(dataset, split, shape, config, run, resume=True)

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for datasets and training runs")
     parser.add_argument("--preset", default="demo", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--every", type=int, default=2, help="takes one user in so many (default: 2)")
     parser.add_argument("--exact", action="store_true", help="only users whose times are all real")
@@ -86,13 +87,20 @@ def main() -> None:
     for seed in parsed.seeds:
         base = None
         for name in names:
-            config = TrainConfig(epochs=parsed.epochs, seed=seed, learning_rate=0.003)
+            config = TrainConfig(
+                epochs=parsed.epochs,
+                batch_size=parsed.batch_size,
+                learning_rate=0.002,
+                schedule="cosine",
+                seed=seed,
+            )
             for label, ranks in _ranked(datasets, split, name, config, parsed):
                 base = ranks if base is None else base
                 row: dict[str, object] = {
                     "users": f"one in {parsed.every}" + (", exact times" if parsed.exact else ""),
                     "preset": parsed.preset,
                     "epochs": parsed.epochs,
+                    "batch": parsed.batch_size,
                     "variant": label,
                     "seed": seed,
                     "queries": len(ranks),

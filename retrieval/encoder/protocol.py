@@ -110,8 +110,8 @@ class UserEncoder(nn.Module):
     def _embed(self, tokens_TD: Tensor, batch: JaggedTensors) -> Tensor:
         """x_0 = dropout((E_kind[id] + A[action] + Q[action asked for])·√D + P[position]), `[T, D]`.
 
-        Interleaved, E[id] and A[action] are those of two tokens. The action asked for is that of the token's target. What it stands beside is known by then to later tokens, so
-        nothing of the future is in it.
+        Interleaved, E[id] and A[action] are those of two tokens. The action asked for is that of the token's target.
+        What it stands beside is known by then to later tokens, so nothing of the future is in it.
         """
         if batch.is_action is not None:
             assert self.action_embedding is not None
