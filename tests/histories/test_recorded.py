@@ -246,7 +246,7 @@ def test_another_bound_or_format_than_the_stores_is_refused(new_place: Place) ->
         open_histories(place, 6)
     blobs = Held()
     blobs.contents[b"\0settings"] = b'{"format": 9, "max_events": 5}'
-    with pytest.raises(InputError, match="has format 9; this version reads 1"):
+    with pytest.raises(InputError, match="has format 9; this version reads 2"):
         RecordedHistories(blobs)
 
 
