@@ -147,8 +147,9 @@ def rebuild(
         split = split_dataset(dataset, SplitInfo(protocol="global-time", time=moment))
         warm = live is not None and not config.full
         # What was learned before each of the two trainings; a night from scratch meets everything in both.
-        known = [last_event + 1, moment] if warm and last_event is not None else []
-        fresh = [Fresh(since=since, history_share=config.history_share) for since in known] or [None, None]
+        known = (last_event + 1, moment) if warm and last_event is not None else (None, None)
+        share = config.history_share
+        fresh = [Fresh(since=since, history_share=share) if since is not None else None for since in known]
         with clock.stage("train"):
             epochs = config.warm_epochs if warm else config.training.epochs
             judged = train(
