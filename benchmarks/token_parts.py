@@ -73,6 +73,7 @@ def main() -> None:
     parsed.work.mkdir(parents=True, exist_ok=True)
     log = parsed.work / "log.parquet"
     pq.write_table(_log(parsed.ratings, parsed.every, exact=parsed.exact), log)
+    rules: tuple[tuple[str, ...], ...] = ((), (">=4",))
     datasets = {
         positive: ingest(
             log,
@@ -80,7 +81,7 @@ def main() -> None:
             schema=EventSchema(action="rating", positive=positive, order="seq_pos"),
             replace=True,
         )
-        for positive in ((), (">=4",))
+        for positive in rules
     }
     split = split_dataset(datasets[(">=4",)], SplitInfo(protocol="stable"))
     names = [list(VARIANTS)[place] for place in parsed.variants]

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -68,13 +70,15 @@ def vectors_of(*values: list[float] | None, type_: pa.DataType | None = None) ->
 )
 def test_vectors_are_scaled_to_length_one_and_missing_ones_are_zero(type_: pa.DataType) -> None:
     features = vectors_of([3, 4], None, [0, 0], [0, -2], type_=type_)
-    np.testing.assert_allclose(features.vectors, [[0.6, 0.8], [0, 0], [0, 0], [0, -1]], rtol=1e-6)
+    np.testing.assert_allclose(features.vectors, [[0.6, 0.8], [0.0, 0.0], [0.0, 0.0], [0.0, -1.0]], rtol=1e-6)
     assert features.vectors.dtype == np.float32
     assert features.size == 0
 
 
 def test_an_empty_list_is_a_missing_vector_and_large_numbers_do_not_overflow() -> None:
-    np.testing.assert_allclose(vectors_of([], [3e38, 3e38]).vectors, [[0, 0], [0.5**0.5] * 2], rtol=1e-6)
+    np.testing.assert_allclose(
+        vectors_of([], [3e38, 3e38]).vectors, [[0.0, 0.0], [math.sqrt(0.5), math.sqrt(0.5)]], rtol=1e-6
+    )
 
 
 def test_vectors_of_several_attributes_stand_side_by_side_in_the_order_of_their_names() -> None:

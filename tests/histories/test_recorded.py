@@ -68,6 +68,7 @@ def test_a_store_holds_what_the_oracle_holds(new_place: Place, calls: list[list[
         for call in calls:
             store.append(call).result(20)
             for event in call:
+                assert event.item_id is not None
                 oracle = oracles.setdefault(event.user_id, Oracle(bound))
                 oracle.record((event.item_id, event.action, event.timestamp, event_digest(event.event_id)))
         expected = {user: [entry[:3] for entry in oracle.held] for user, oracle in oracles.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ def test_inline_and_stored_histories_are_the_same_over_the_socket(rich: World, r
     for user in (0, 5, 11, 29):
         inline = sent(rich, user, len(rich.history(user).items))
         fresh = History([], [], (), inline.context, inline.auxiliary)
-        users = [inline, StoredUser(user), StoredUser(user, fresh)]
+        users: list[History | StoredUser] = [inline, StoredUser(user), StoredUser(user, fresh)]
         over = rich_client.embed_users(users, request_time=LATER, action="like")
         here = service.embed_users(serving, EmbedRequest(users=[inline], request_time=LATER, action="like"))
         for place in range(3):
@@ -140,12 +140,12 @@ def test_what_is_recorded_beside_events_is_read_like_an_inline_history(
         inline = sent(rich, user, len(rich.history(user).items))
         points = [(time, series, value) for series, points in inline.auxiliary.items() for time, value in points]
         recorded = [
-            Event(user_id=name, item_id=item, timestamp=time, action=action)
+            Event(user_id=name, item_id=cast("int | str", item), timestamp=time, action=action)
             for item, time, action in zip(inline.items, inline.timestamps, inline.actions, strict=True)
         ]
         recorded += [Event(user_id=name, item_id=None, timestamp=t, auxiliary={series: v}) for t, series, v in points]
         recorded.append(
-            Event(user_id=name, item_id=None, timestamp=LATER, context=inline.context | {"shoe size": "43"})
+            Event(user_id=name, item_id=None, timestamp=LATER, context={**inline.context, "shoe size": "43"})
         )
         for _ in range(2):
             assert rich_client.record_events(recorded).unknown_items == 0
