@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.data.sequences import TrainingBatch, gather_training, user_histories
 from retrieval.data.splits import Split
@@ -16,9 +18,26 @@ from retrieval.errors import ConfigError
 from retrieval.training.config import TrainConfig
 from retrieval.types import JaggedBatch
 
-__all__ = ["Batches", "Objective", "cloze_batch"]
+__all__ = ["Batches", "Fresh", "Objective", "cloze_batch"]
 
 Objective = Literal["next", "cloze"]
+
+
+class Fresh(Config):
+    """What a run goes on from: events before a moment were learned already, and of these only a sample is met again.
+
+    Users with a training event from the moment on are visited in every epoch. As many of the others as `history_share`
+    says are drawn anew for each: what an epoch costs follows from what is new, not from how long the log is. Whoever is
+    visited is read as far back as the encoder reads, so that old events are targets as well.
+
+    Attributes:
+        since: the moment, seconds.
+        history_share: users without new events in an epoch, as a share of those with; at least as many as fill up its
+            first batch.
+    """
+
+    since: int
+    history_share: float = Field(default=0.25, ge=0)
 
 
 class Batches:
@@ -28,6 +47,7 @@ class Batches:
         dataset: the events.
         split: which of them train. Users with fewer than two training events are left out.
         config: hyperparameters.
+        fresh: which users an epoch visits; None: all.
         objective: "next": each token is followed by its target. "cloze": tokens are masked and to be filled in.
         max_length: most tokens of a history.
         query_actions: whether positions are asked for their target's action.
@@ -41,6 +61,7 @@ class Batches:
         dataset: Dataset,
         split: Split,
         config: TrainConfig,
+        fresh: Fresh | None = None,
         *,
         objective: Objective,
         max_length: int,
@@ -56,10 +77,17 @@ class Batches:
         self._windows = np.ones(len(self._lengths), np.int64)
         if config.windows == "all":
             self._windows = -(-self._lengths // max_length)
-        self._rows = np.repeat(users, self._windows[users])
-        # Which of its user's windows a row is, from 0 for the first.
-        self._places = np.arange(len(self._rows)) - np.searchsorted(self._rows, self._rows)
-        self.per_epoch = math.ceil(len(self._rows) / config.batch_size)
+        # User of each row, and which of the user's windows it is, from 0 for the first.
+        self._users = np.repeat(users, self._windows[users])
+        self._places = np.arange(len(self._users)) - np.searchsorted(self._users, self._users)
+        self._rows = np.arange(len(self._users))
+        self._others, self._drawn = self._rows[:0], 0
+        if fresh is not None:
+            new = dataset.events.timestamps[split.train_ends[self._users] - 1] >= fresh.since
+            self._rows, self._others = self._rows[new], self._rows[~new]
+            wanted = max(math.ceil(fresh.history_share * len(self._rows)), config.batch_size - len(self._rows))
+            self._drawn = min(wanted, len(self._others))
+        self.per_epoch = math.ceil((len(self._rows) + self._drawn) / config.batch_size)
 
     def from_step(self, first: int) -> Iterator[tuple[int, TrainingBatch]]:
         """Number and contents of each step from `first` (counted from 0) to the last."""
@@ -68,11 +96,18 @@ class Batches:
             epoch, place = divmod(step, self.per_epoch)
             if step == first or place == 0:
                 rng = np.random.default_rng([self._config.seed, epoch])
-                order, ends = rng.permutation(len(self._rows)), self._row_ends(rng)
+                order, ends = self._order(rng), self._row_ends(rng)
             # The third number keeps these draws apart from those of the order.
             rng = np.random.default_rng([self._config.seed, step, 1])
             chosen = order[place * size : (place + 1) * size]
-            yield step, self._cut(self._rows[chosen], ends[chosen], rng)
+            yield step, self._cut(self._users[chosen], ends[chosen], rng)
+
+    def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Rows of an epoch, in the order in which they are read."""
+        if not self._drawn:
+            return rng.permutation(self._rows)
+        drawn = rng.choice(self._others, self._drawn, replace=False)
+        return rng.permutation(np.concatenate([self._rows, drawn]))
 
     def _row_ends(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """One past the last event of each row in an epoch, its last target included.
@@ -80,12 +115,12 @@ class Batches:
         A history of m inputs has ⌈m / L⌉ windows and with them ⌈m / L⌉·L − m places to spare: by a random share of these
         all cuts between its windows move. A row is read as a request at its end would read it, L inputs back from there.
         """
-        lengths = self._lengths[self._rows]
+        lengths = self._lengths[self._users]
         if self._config.windows == "last":
-            return self._begins[self._rows] + lengths
+            return self._begins[self._users] + lengths
         spare = self._windows * self._max_length - self._lengths
-        shifts = rng.integers(0, np.maximum(spare, 0), endpoint=True)[self._rows]
-        return self._begins[self._rows] + np.minimum((self._places + 1) * self._max_length - shifts, lengths)
+        shifts = rng.integers(0, np.maximum(spare, 0), endpoint=True)[self._users]
+        return self._begins[self._users] + np.minimum((self._places + 1) * self._max_length - shifts, lengths)
 
     def _cut(self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
         """Rows of those users up to those ends."""
