@@ -1,4 +1,4 @@
-"""`softmax_loss` on a CPU in C++ (`softmax_loss_native.cpp`): bfloat16 products in the processor's matrix unit (AMX)."""
+"""`softmax_loss` on a CPU in C++ (`softmax_loss_native.cpp`): bfloat16 products in the matrix unit (AMX)."""
 
 import ctypes
 

@@ -112,8 +112,9 @@ class Batches:
     def _row_ends(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """One past the last event of each row in an epoch, its last target included.
 
-        A history of m inputs has ⌈m / L⌉ windows and with them ⌈m / L⌉·L − m places to spare: by a random share of these
-        all cuts between its windows move. A row is read as a request at its end would read it, L inputs back from there.
+        A history of m inputs has ⌈m / L⌉ windows and with them ⌈m / L⌉·L − m places to spare: by a random share of
+        these all cuts between its windows move. A row is read as a request at its end would read the history, L inputs
+        back from there.
         """
         lengths = self._lengths[self._users]
         if self._config.windows == "last":
