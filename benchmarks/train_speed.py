@@ -3,7 +3,8 @@
     python -m benchmarks.train_speed [--quick] [--threads 2] [--series depth catalogue length]
 
 Three series: 2 and 8 layers on sequences like MovieLens-1M's, with bfloat16 products too; catalogues up to 5 million
-items; sequences up to 4096 tokens. Every configuration's loss is compared with the reference kernels' before it is timed.
+items; sequences up to 4096 tokens. Every configuration's loss is compared with the reference kernels' before it is
+timed.
 
 The limit is the model's arithmetic over the measured rate of a large matrix product. Counted are the products of the
 linear layers, of attention over the pairs that a token really sees, and of the loss over what it contrasts with: once
