@@ -6,18 +6,36 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from retrieval.config import Config
-from retrieval.errors import DataError, InputError, NoSnapshotError
+from retrieval.encoder.checkpoint import read_info
+from retrieval.errors import CheckpointError, ConfigError, DataError, InputError, NoSnapshotError
 from retrieval.files import remove_temporary_files
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
+from retrieval.training.state import read_state
+from retrieval.training.trainer import TRAINING_STATE
 
-__all__ = ["Clock", "alone", "live_snapshot", "made_by", "name_of_night", "night_folder"]
+__all__ = [
+    "FINAL",
+    "JUDGED",
+    "Clock",
+    "alone",
+    "live_snapshot",
+    "made_by",
+    "name_of_night",
+    "night_folder",
+    "state_of_live",
+]
+
+JUDGED, FINAL = "judged", "final"
+"""Folders of a night's two trainings."""
 
 
 @dataclass(slots=True)
@@ -79,12 +97,49 @@ def made_by(registry: Registry, live: Snapshot | None) -> dict[str, Any]:
     return found if isinstance(found, dict) and "night" in found else {}
 
 
-def night_folder(work: Path, night: str) -> Path:
-    """The folder of a night, made or found; those of other nights are removed."""
+def night_folder(work: Path, night: str, live_night: str | None) -> Path:
+    """The folder of a night, made or found.
+
+    Those of other nights are removed, but for what the live snapshot's own, `live_night`, had learned last.
+    """
     folder = work / f"night-{night}"
     for other in work.glob("night-*"):
-        if other != folder:
+        if other == folder:
+            continue
+        if other.name == f"night-{live_night}":
+            for part in other.iterdir():
+                if part.is_dir() and part.name != FINAL:
+                    shutil.rmtree(part)
+        else:
             shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
     remove_temporary_files(folder)
     return folder
+
+
+def state_of_live(
+    work: Path, live: Snapshot, live_night: str | None, settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor] | None, str]:
+    """All that was learned up to the live snapshot, and where it is from; or None and why it is not there.
+
+    Args:
+        work: the job's folder, where the night that made the live snapshot left it.
+        live: the live snapshot.
+        live_night: that night's name; None if it was published by other means.
+        settings: hyperparameters that decide what there is to learn, tonight's.
+    """
+    anew = "the optimiser starts anew"
+    if live_night is None:
+        return None, f"{live.version} was not made by a rebuild: {anew}"
+    run = work / f"night-{live_night}" / FINAL
+    try:
+        info = read_info(run)
+        tensors, before = read_state(run / TRAINING_STATE)
+    except (CheckpointError, ConfigError):
+        return None, f"{work}: holds no training state of {live.version}: {anew}"
+    if info.weights_sha256 != live.manifest.model:
+        return None, f"{run}: is not what {live.version} was made of: {anew}"
+    for name, value in settings.items():
+        if before["training"].get(name) != value:
+            return None, f"{live.version} was trained with another {name}: {anew}"
+    return tensors, f"goes on from {live.version}"

@@ -23,14 +23,13 @@ from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
 from retrieval.evaluation.gates import GateResult
 from retrieval.files import write_atomically
-from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.choice import AutoIndex, Measured, choose_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import GateVerdict, Interval
 from retrieval.snapshot.registry import Registry
-from retrieval.snapshot.store import write_snapshot
+from retrieval.snapshot.store import searcher_of, served_rows, write_snapshot
 
 __all__ = [
     "Candidate",
@@ -76,7 +75,7 @@ class Candidate:
         encoder, info: the trained encoder and what it is.
         vocabulary: ids and attributes, with each item's number of events and recent popularity.
         vectors: item embeddings `[N, D]`.
-        index, spec: the index over them.
+        index, spec: the index over those of items that may be answers.
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
         choice: what was measured to choose the index; empty where it was given.
@@ -100,6 +99,7 @@ def build_candidate(
     run_dir: Path,
     spec: IndexSpec | AutoIndex,
     *,
+    expired: NDArray[np.bool_] | None = None,
     on_choice: Callable[[str], None] = lambda line: None,
 ) -> Candidate:
     """Embed the items of a training run's encoder, build the index and measure it.
@@ -109,6 +109,7 @@ def build_candidate(
         run_dir: the training run.
         spec: the index to build, or what a chosen one has to reach. A choice is kept in the run's folder: doing this
             again builds the same index.
+        expired: items that the index leaves out, bool `[N]`; None: none.
         on_choice: told of each step of choosing.
 
     Raises:
@@ -118,10 +119,15 @@ def build_candidate(
     encoder, info = load_trained(dataset, run_dir)
     vectors = item_vectors(encoder)
     users = current_user_embeddings(dataset, encoder)
-    index, spec, table = built_index(vectors, users, spec, run_dir, on_choice)
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
-    counted = Vocabulary(dataset.vocabulary.ids, {**dataset.vocabulary.attributes, **known})
-    searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
+    if expired is not None and expired.any():
+        known["expired"] = pa.array(expired)
+    attributes = {name: one for name, one in dataset.vocabulary.attributes.items() if name != "listed"}
+    counted = Vocabulary(dataset.vocabulary.ids, {**attributes, **known})
+    served = served_rows(counted)
+    answers = vectors if served.all() else vectors[served]
+    index, spec, table = built_index(answers, users, spec, run_dir, on_choice)
+    searcher = searcher_of(index, vectors, spec, counted)
     return Candidate(
         encoder=encoder,
         info=info,
@@ -130,7 +136,7 @@ def build_candidate(
         index=index,
         spec=spec,
         searcher=searcher,
-        ann_recall=ann_recall(searcher, vectors, users),
+        ann_recall=ann_recall(searcher, answers, users),
         choice=table,
         trained_on=_trained_on(dataset, info),
     )

@@ -5,6 +5,7 @@ Legend: T tokens, D width, N items, U rows of the item table that a step names.
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -103,6 +104,14 @@ class Learner:
         if self._average is not None:
             tensors |= {f"average.{name}": one for name, one in self._average.state_dict().items()}
         return tensors
+
+    @torch.no_grad()
+    def adopt(self, learned: Mapping[str, Tensor]) -> None:
+        """Go on from what another learner of the same settings had learned, all of it, by the names of `tensors`."""
+        tensors = self.tensors()
+        assert tensors.keys() == learned.keys(), sorted(tensors.keys() ^ learned.keys())
+        for name, tensor in tensors.items():
+            tensor.copy_(learned[name])
 
     def step(self, batch: TrainingBatch, step: int) -> StepOutcome:
         """Learn from a batch; `step` counts from 0.
