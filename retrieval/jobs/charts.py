@@ -13,12 +13,12 @@ _COLOURS = ("c1", "c2", "c3", "c4")
 Points = Sequence[tuple[float, float]]
 
 
-def lines(series: Mapping[str, Points], *, x_label: str, ticks: Mapping[float, str] | None = None) -> str:
+def lines(series: Mapping[str, Points], *, x_label: str = "", ticks: Mapping[float, str] | None = None) -> str:
     """Lines over a common axis, with a legend. A series of one point is a dot.
 
     Args:
         series: points by name, ascending in x.
-        x_label: what x is.
+        x_label: what x is, where the ticks do not say it.
         ticks: labels at x; by default a few round numbers.
     """
     series = {name: points for name, points in series.items() if points}
@@ -43,7 +43,8 @@ def lines(series: Mapping[str, Points], *, x_label: str, ticks: Mapping[float, s
     shown = ticks if ticks is not None else {x: _number(x) for x in _round_steps(x_low, x_high) if x_low <= x <= x_high}
     for at, label in shown.items():
         x, _ = place(at, y_low)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(label)}</text>')
+        anchor = "end" if at == x_high > x_low else "middle"
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 12}" text-anchor="{anchor}">{escape(label)}</text>')
     for colour, points in zip(_COLOURS, series.values(), strict=False):
         placed = [place(*point) for point in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
@@ -64,19 +65,17 @@ _MARKED = 40
 """Series of more points are drawn without dots."""
 
 
-def bars(values: Mapping[str, float], unit: str) -> str:
-    """Horizontal bars, one a row, each with its figure."""
+def bars(values: Mapping[str, float], notes: Mapping[str, str]) -> str:
+    """Horizontal bars, one a row, each with what is noted beside it."""
     most = max(values.values(), default=0.0)
-    total = sum(values.values())
     if most <= 0:
         return ""
     rows = []
     for number, (name, value) in enumerate(values.items()):
         y, length = 30 * number, value / most * (_WIDTH - 260)
-        said = f"{_number(value)} {unit} · {value / total:.0%}"
         rows.append(f'<text class="name" x="98" y="{y + 17}" text-anchor="end">{escape(name)}</text>')
         rows.append(f'<rect class="bar" x="108" y="{y + 4}" width="{max(length, 1.5):.1f}" height="18" rx="3"/>')
-        rows.append(f'<text class="name" x="{116 + length:.1f}" y="{y + 17}">{escape(said)}</text>')
+        rows.append(f'<text class="name" x="{116 + length:.1f}" y="{y + 17}">{escape(notes[name])}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {30 * len(values)}" role="img">{"".join(rows)}</svg>'
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,18 +41,37 @@ JUDGED, FINAL = "judged", "final"
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by stage; says what begins."""
+    """What each stage takes; says what begins.
+
+    Attributes:
+        on_stage: called with a stage's name.
+        seconds: by stage.
+        memory_mb: the most that the process had resident within the stage; up to its end, where the system does not
+            begin to count anew.
+    """
 
     on_stage: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
+    memory_mb: dict[str, int] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what is done inside."""
         self.on_stage(name)
+        # Linux forgets a process's peak for a 5 written there.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         begun = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - begun, 2)
+        self.memory_mb[name] = _peak_mb()
+
+
+def _peak_mb() -> int:
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 @contextlib.contextmanager
@@ -142,4 +162,4 @@ def state_of_live(
     for name, value in settings.items():
         if before["training"].get(name) != value:
             return None, f"{live.version} was trained with another {name}: {anew}"
-    return tensors, f"goes on from {live.version}"
+    return tensors, f"the optimiser goes on from {live.version}"

@@ -35,6 +35,7 @@ from retrieval.histories.recorded import RecordedHistories
 from retrieval.index.choice import AutoIndex
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs.expiry import Expiry, expired_items
+from retrieval.jobs.index_choice import Chosen
 from retrieval.jobs.judge import held_out_ranks, quality_gates, snapshot_gates
 from retrieval.jobs.night import (
     FINAL,
@@ -183,7 +184,9 @@ def rebuild(
         with clock.stage("finish"):
             trainings.final(judged)
         with clock.stage("index"):
-            candidate = build_candidate(dataset, folder / FINAL, config.index, expired=expired)
+            chosen = last.get("index", {}).get("chosen") if base is not None else None
+            before = Chosen.model_validate(chosen) if chosen is not None else None
+            candidate = build_candidate(dataset, folder / FINAL, config.index, expired=expired, before=before)
             results += snapshot_gates(dataset, candidate, live, config.gates)
         report = night_report(
             dataset,
@@ -198,7 +201,7 @@ def rebuild(
             results=results,
             k=config.gates.k,
             trainings={"train": folder / JUDGED, "finish": folder / FINAL},
-            seconds=clock.seconds,
+            clock=clock,
         )
         refused = [result for result in results if not result.passed]
         if refused:
@@ -210,6 +213,8 @@ def rebuild(
         with clock.stage("publish"):
             version = publish_candidate(candidate, registry, report, results)
             registry.prune(config.keep)
+        # The snapshot's own report cannot tell how long it took to publish it.
+        report |= {"seconds": clock.seconds, "memory_mb": clock.memory_mb}
         keep_report(work, folder, report, f"published as {version}")
         return Night(version=version, report=report, folder=folder)
 

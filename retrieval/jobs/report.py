@@ -1,7 +1,6 @@
 """What a night tells: `report.json` for machines, a page for people, refused nights included."""
 
 import json
-import resource
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from retrieval.data.dataset import Dataset
 from retrieval.evaluation.gates import GateResult
 from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.files import write_atomically
+from retrieval.jobs.night import Clock
 from retrieval.jobs.publish import Candidate
 from retrieval.jobs.report_page import page_of
 from retrieval.snapshot.store import Snapshot, served_rows
@@ -42,7 +42,7 @@ def night_report(
     results: Sequence[GateResult],
     k: int,
     trainings: Mapping[str, Path],
-    seconds: Mapping[str, float],
+    clock: Clock,
 ) -> dict[str, Any]:
     """Everything that was found.
 
@@ -59,7 +59,7 @@ def night_report(
         results: of the gates.
         k: depth of recall and NDCG that the gates judge.
         trainings: folder of each training, by stage.
-        seconds: by stage; a stage of which an earlier run had done a part counts what was left.
+        clock: what each stage took; where an earlier run had done a part of it, what was left.
     """
     held_out = {
         name: {
@@ -79,15 +79,20 @@ def night_report(
         "events": dataset.info.events,
         "users": dataset.info.users,
         "vocabulary": _vocabulary(candidate, live),
-        "index": {"spec": str(candidate.spec), "recall@100": candidate.ann_recall},
+        "index": {
+            "spec": str(candidate.built.spec),
+            "recall@100": candidate.ann_recall,
+            "why": candidate.built.why,
+            "chosen": candidate.built.chosen.model_dump(mode="json") if candidate.built.chosen is not None else None,
+        },
         "gates": [result.model_dump() for result in results],
         "k": k,
         "queries": len(next(iter(ranks.values()))),
         "held_out": held_out,
         "losses": {name: _losses(folder / "tensorboard") for name, folder in trainings.items()},
         "nights": told[-_NIGHTS_TOLD:],
-        "seconds": dict(seconds),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "seconds": dict(clock.seconds),
+        "memory_mb": dict(clock.memory_mb),
     }
 
 

@@ -63,10 +63,10 @@ def page_of(report: Mapping[str, Any]) -> str:
         f'<p class="sub">{escape(told)}<br>written {escape(report["written"])}, report of night {report["night"]}</p>',
         _refusals(report),
         _cards(report),
-        _section("Gates", _gates(report["gates"]), "wide"),
+        _section("Gates", _gates(report), "wide"),
         '<div class="grid2">',
         _section("Loss", lines(_losses(report["losses"]), x_label="steps")),
-        _section("Time by stage", bars(report["seconds"], "s")),
+        _section("Time and peak memory by stage", _stages(report)),
         _section(f"{_metric(report)} by night", _recall_by_night(report)),
         _section("Items by night", _vocabulary_by_night(report)),
         "</div>",
@@ -104,7 +104,7 @@ def _refusals(report: Mapping[str, Any]) -> str:
 
 def _cards(report: Mapping[str, Any]) -> str:
     vocabulary, metric = report["vocabulary"], _metric(report)
-    held_out = report["held_out"]
+    held_out, index = report["held_out"], report["index"]
     rival = "live" if "live" in held_out else "popularity"
     changes = [f"+{vocabulary['new']:,} new", f"−{vocabulary['gone']:,} gone"]
     if vocabulary["back"]:
@@ -118,8 +118,11 @@ def _cards(report: Mapping[str, Any]) -> str:
             f"{held_out['candidate'][metric]['mean']:.3f}",
             f"{metric}; {_NAMES[rival]}: {held_out[rival][metric]['mean']:.3f}",
         ),
-        (f"{report['index']['recall@100']:.3f}", f"recall@100 of the index {report['index']['spec']}"),
-        (_duration(sum(report["seconds"].values())), f"in all; at most {report['peak_memory_mb'] / 1024:.1f} GB"),
+        (f"{index['recall@100']:.3f}", "recall@100 of the index against exact search"),
+        (
+            _duration(sum(report["seconds"].values())),
+            f"in all; at most {max(report['memory_mb'].values()) / 1024:.1f} GB",
+        ),
     ]
     shown = "".join(
         f'<div class="card"><b>{escape(figure)}</b><span>{escape(said)}</span></div>' for figure, said in cards
@@ -133,14 +136,25 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
+def _gates(report: Mapping[str, Any]) -> str:
     rows = []
-    for gate in gates:
+    for gate in report["gates"]:
         verdict = '<td class="ok">passed</td>' if gate["passed"] else '<td class="no">refused</td>'
         figures = f'<td class="n">{gate["figure"]:.4g}</td><td class="n">{gate["limit"]:.4g}</td>'
         rows.append(f"<tr><td>{escape(gate['gate'])}</td>{verdict}{figures}<td>{escape(gate['note'])}</td></tr>")
     head = '<tr><th>gate<th>verdict<th class="n">figure<th class="n">limit<th>what was found</tr>'
-    return f"<table>{head}{''.join(rows)}</table>"
+    index = f"index {report['index']['spec']}: {report['index']['why']}"
+    return f'<table>{head}{"".join(rows)}</table><p class="note">{escape(index)}</p>'
+
+
+def _stages(report: Mapping[str, Any]) -> str:
+    """Seconds as bars, each with its share and the stage's peak of memory."""
+    seconds, total = report["seconds"], sum(report["seconds"].values())
+    notes = {
+        name: f"{taken:.1f} s · {taken / max(total, 1e-9):.0%} · {report['memory_mb'][name] / 1024:.1f} GB"
+        for name, taken in seconds.items()
+    }
+    return bars(seconds, notes)
 
 
 def _losses(losses: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, list[tuple[float, float]]]:
@@ -162,7 +176,7 @@ def _recall_by_night(report: Mapping[str, Any]) -> str:
         said: [(number, one[name]) for number, one in enumerate(figures) if name in one]
         for name, said in _NAMES.items()
     }
-    return lines(series, x_label="nights", ticks=_nights(nights))
+    return lines(series, ticks=_nights(nights))
 
 
 def _vocabulary_by_night(report: Mapping[str, Any]) -> str:
@@ -174,7 +188,7 @@ def _vocabulary_by_night(report: Mapping[str, Any]) -> str:
     # What a first night finds is all new, and would dwarf the rest.
     series["new"] = series["new"][1:]
     series["gone"] = series["gone"][1:]
-    return lines(series, x_label="nights", ticks=_nights(report["nights"]))
+    return lines(series, ticks=_nights(report["nights"]))
 
 
 def _nights(before: Sequence[Mapping[str, Any]]) -> dict[float, str]:

@@ -101,7 +101,7 @@ def _live_side_rows(dataset: Dataset, live: Snapshot) -> NDArray[np.int64]:
     begins = np.cumsum([0, *(kind.rows for kind in live.info.kinds)])
     parts = [_live_values(*kinds) for kinds in zip(live.info.kinds, dataset.info.kinds, strict=True)]
     found = [np.where(rows < 0, -1, begin + rows) for begin, rows in zip(begins, parts, strict=False)]
-    return np.concatenate(found)
+    return np.concatenate([*found, np.zeros(0, np.int64)])
 
 
 def _live_side(dataset: Dataset, live: Snapshot, users: NDArray[np.int64], ends: NDArray[np.int64]) -> SideRows | None:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,14 +122,12 @@ def test_the_optimisers_state_moves_with_its_rows(root: Path) -> None:
     assert (kept >= decay * before["optimizer.item_embedding.weight.exp_avg_sq"] * 0.999).all()
 
 
-@pytest.mark.parametrize("lost", ["the folder", "the file", "a rollback", "other settings"])
+@pytest.mark.parametrize("lost", ["the file", "a rollback", "other settings"])
 def test_without_the_state_a_night_says_so_and_starts_the_optimiser_anew(
     root: Path, capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
     options: list[str] = []
-    if lost == "the folder":
-        shutil.rmtree(root / "work")
-    elif lost == "the file":
+    if lost == "the file":
         (latest(root) / "final" / "training-state.safetensors").write_bytes(b"damaged")
     elif lost == "a rollback":
         first = Registry(root / "registry").current()
@@ -143,10 +140,10 @@ def test_without_the_state_a_night_says_so_and_starts_the_optimiser_anew(
     live = Registry(root / "registry").current()
     write_log(root / "log", 6)
     assert night(root / "log", root, *options) == 0
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
     assert "the optimiser starts anew" in said
     assert live in said
-    assert str(report_of(root)["optimiser"]) in said.replace("\n", " ")
+    assert str(report_of(root)["optimiser"]) in said
     assert report_of(root)["start"] == "live weights"
 
 

@@ -55,7 +55,7 @@ def test_the_next_night_starts_from_the_live_weights_and_is_held_against_it(
     assert registry.current() in out
     assert (report["start"], report["live"]) == ("live weights", before)
     assert report["vocabulary"] == {"items": ITEMS + 3, "new": 3, "back": 0, "gone": 0, "rows": ITEMS + 3}
-    assert report["optimiser"] == f"goes on from {before}"
+    assert report["optimiser"] == f"the optimiser goes on from {before}"
     assert set(gates_of(report)) >= {"recall@5", "ndcg@5", "catalogue", "coverage", "overlap"}
     assert all(gates_of(report).values())
     held_out = report["held_out"]
