@@ -115,8 +115,7 @@ def build_candidate(
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
     if expired is not None and expired.any():
         known["expired"] = pa.array(expired)
-    attributes = {name: one for name, one in dataset.vocabulary.attributes.items() if name != "listed"}
-    counted = Vocabulary(dataset.vocabulary.ids, {**attributes, **known})
+    counted = Vocabulary(dataset.vocabulary.ids, {**_published(dataset.vocabulary.attributes, info), **known})
     served = served_rows(counted)
     answers = vectors if served.all() else vectors[served]
     built = built_index(answers, users, spec, run_dir, on_choice, before=before)
@@ -131,6 +130,13 @@ def build_candidate(
         ann_recall=ann_recall(searcher, answers, users),
         trained_on=_trained_on(dataset, info),
     )
+
+
+def _published(attributes: Mapping[str, pa.Array], info: CheckpointInfo) -> dict[str, pa.Array]:
+    """Attributes that filters can ask for: not the vectors, which are in the item embeddings, nor what ingest notes."""
+    learned = (info.training.get("item_features") or {}).get("attributes", {})
+    left_out = {name for name in attributes if learned.get(name, {}).get("kind") == "vector"} | {"listed"}
+    return {name: one for name, one in attributes.items() if name not in left_out}
 
 
 def _trained_on(dataset: Dataset, info: CheckpointInfo) -> Interval:
