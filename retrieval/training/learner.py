@@ -19,7 +19,7 @@ from retrieval.data.item_features import ItemFeatures
 from retrieval.data.sequences import TrainingBatch
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import TrainingError
+from retrieval.errors import ConfigError, TrainingError
 from retrieval.training.config import TrainConfig
 from retrieval.training.item_table import ItemTable
 from retrieval.training.loss import next_item_loss
@@ -107,9 +107,16 @@ class Learner:
 
     @torch.no_grad()
     def adopt(self, learned: Mapping[str, Tensor]) -> None:
-        """Go on from what another learner of the same settings had learned, all of it, by the names of `tensors`."""
+        """Go on from what another learner of the same settings had learned, all of it, by the names of `tensors`.
+
+        Raises:
+            ConfigError: it has learned something else; nothing has been changed.
+        """
         tensors = self.tensors()
-        assert tensors.keys() == learned.keys(), sorted(tensors.keys() ^ learned.keys())
+        for name in sorted(tensors.keys() | learned.keys()):
+            now, before = (tuple(one[name].shape) if name in one else None for one in (tensors, learned))
+            if now != before:
+                raise ConfigError(f"{name}: was learned as {before} and is {now} now; start from scratch")
         for name, tensor in tensors.items():
             tensor.copy_(learned[name])
 
