@@ -9,20 +9,21 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from retrieval.errors import RetrievalError
 from retrieval.histories.event import Event
 from retrieval.index.filter import Filter
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import OPTIONS, SERVICE, authorization, retrieve_message
 from retrieval.rpc.convert import (
+    batch_from,
+    batch_request_to,
     embed_request_to,
     embedded_from,
-    record_request_to,
-    recorded_from,
     retrieved_from,
     state_from,
 )
+from retrieval.rpc.convert_record import record_request_to, recorded_from
 from retrieval.rpc.requests import (
     Embedded,
     Embedding,
@@ -32,9 +33,11 @@ from retrieval.rpc.requests import (
     Recorded,
     RecordRequest,
     Retrieved,
+    RetrieveRequest,
     ServingState,
     StoredUser,
 )
+from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
 from retrieval.rpc.status import error_of
 
 __all__ = ["AsyncRetrievalClient"]
@@ -60,10 +63,15 @@ class AsyncRetrievalClient:
         else:
             self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
+        self._batch_retrieve = self._method("BatchRetrieve", pb.BatchRetrieveRequest, pb.BatchRetrieveResponse)
         self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
         self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
         self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._health = self._channel.unary_unary(
+            HEALTH_CHECK,
+            request_serializer=HealthCheckRequest.SerializeToString,
+            response_deserializer=HealthCheckResponse.FromString,
+        )
 
     def _method(self, name: str, request: Any, response: Any) -> Callable[..., Awaitable[Any]]:
         method: Callable[..., Awaitable[Any]] = self._channel.unary_unary(
@@ -104,13 +112,21 @@ class AsyncRetrievalClient:
         filter: Filter | str | None = None,
         required_version: str = "",
         action: str = "",
+        exact: bool = False,
+        debug: bool = False,
         timeout: float | None = None,
     ) -> Retrieved:
         """As `RetrievalClient.retrieve`."""
         message = retrieve_message(
-            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action
+            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action, exact, debug
         )
         return retrieved_from(await self._call(self._retrieve, message, timeout))
+
+    async def batch_retrieve(
+        self, requests: Sequence[RetrieveRequest], *, timeout: float | None = None
+    ) -> list[Retrieved | RetrievalError]:
+        """As `RetrievalClient.batch_retrieve`."""
+        return batch_from(await self._call(self._batch_retrieve, batch_request_to(requests), timeout))
 
     async def embed_users(
         self,
@@ -135,5 +151,5 @@ class AsyncRetrievalClient:
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
         """As `RetrievalClient.is_serving`."""
-        answer = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service=SERVICE), timeout)
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        answer = await self._call(self._health, HealthCheckRequest(service=SERVICE), timeout)
+        return bool(answer.status == SERVING)

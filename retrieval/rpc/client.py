@@ -14,22 +14,24 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from retrieval.errors import RetrievalError
 from retrieval.histories.event import Event
 from retrieval.index.filter import Filter, filter_from
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.convert import (
+    batch_from,
+    batch_request_to,
     embed_request_to,
     embedded_from,
-    record_request_to,
-    recorded_from,
     retrieve_request_to,
     retrieved_from,
     state_from,
 )
+from retrieval.rpc.convert_record import record_request_to, recorded_from
 from retrieval.rpc.errors import UnavailableError
 from retrieval.rpc.requests import (
+    Debug,
     Embedded,
     Embedding,
     EmbedRequest,
@@ -39,22 +41,27 @@ from retrieval.rpc.requests import (
     RecordRequest,
     Retrieved,
     RetrieveRequest,
+    SearchPlan,
     ServingState,
     Source,
     StoredUser,
 )
+from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
 from retrieval.rpc.status import error_of
 
 __all__ = [
     "OPTIONS",
     "SERVICE",
+    "Debug",
     "Embedded",
     "Embedding",
     "Event",
     "History",
     "Recorded",
     "RetrievalClient",
+    "RetrieveRequest",
     "Retrieved",
+    "SearchPlan",
     "ServingState",
     "Source",
     "StoredUser",
@@ -103,6 +110,8 @@ def retrieve_message(
     filter: Filter | str | None,
     required_version: str,
     action: str,
+    exact: bool,
+    debug: bool,
 ) -> pb.RetrieveRequest:
     """The message of a `RetrievalClient.retrieve`, whose arguments these are."""
     request = RetrieveRequest(
@@ -115,6 +124,8 @@ def retrieve_message(
         filter=filter_from(filter) if isinstance(filter, str) else filter,
         required_version=required_version,
         action=action,
+        exact=exact,
+        debug=debug,
     )
     return retrieve_request_to(request)
 
@@ -156,10 +167,15 @@ class RetrievalClient:
         else:
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
+        self._batch_retrieve = self._method("BatchRetrieve", pb.BatchRetrieveRequest, pb.BatchRetrieveResponse)
         self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
         self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
         self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._health = self._channel.unary_unary(
+            HEALTH_CHECK,
+            request_serializer=HealthCheckRequest.SerializeToString,
+            response_deserializer=HealthCheckResponse.FromString,
+        )
 
     def _method(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
         method: Callable[..., Any] = self._channel.unary_unary(
@@ -200,6 +216,8 @@ class RetrievalClient:
         filter: Filter | str | None = None,
         required_version: str = "",
         action: str = "",
+        exact: bool = False,
+        debug: bool = False,
         timeout: float | None = None,
     ) -> Retrieved:
         """The best items for a user, best first: exactly min(k, eligible items) of them.
@@ -214,6 +232,8 @@ class RetrievalClient:
             filter: what items must meet to be in the answer, as a value or as text (`retrieval.index.filter`).
             required_version: the snapshot that must answer; "" is whichever is live.
             action: which the user is likely to meet the items with; "" is any positive one.
+            exact: score every eligible item instead of asking the index.
+            debug: also tell how the answer came about (`Retrieved.debug`).
             timeout: seconds; None takes the client's.
 
         Raises:
@@ -221,9 +241,26 @@ class RetrievalClient:
             RetrievalError: see the class.
         """
         message = retrieve_message(
-            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action
+            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action, exact, debug
         )
         return retrieved_from(self._call(self._retrieve, message, timeout))
+
+    def batch_retrieve(
+        self, requests: Sequence[RetrieveRequest], *, timeout: float | None = None
+    ) -> list[Retrieved | RetrievalError]:
+        """Many `retrieve`s in one call, answered from one snapshot.
+
+        Args:
+            requests: from 1 to 64, of any users.
+            timeout: seconds for all of them; None takes the client's.
+
+        Returns:
+            What became of each request, in their order: its answer, or the error that `retrieve` would have raised.
+
+        Raises:
+            RetrievalError: see the class; of the call as a whole.
+        """
+        return batch_from(self._call(self._batch_retrieve, batch_request_to(requests), timeout))
 
     def embed_users(
         self,
@@ -276,8 +313,8 @@ class RetrievalClient:
         Raises:
             RetrievalError: see the class.
         """
-        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=SERVICE), timeout)
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        answer = self._call(self._health, HealthCheckRequest(service=SERVICE), timeout)
+        return bool(answer.status == SERVING)
 
     def wait_until_serving(self, seconds: float) -> None:
         """Wait for a server that is being started, or that has no snapshot yet.

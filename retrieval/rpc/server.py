@@ -24,19 +24,20 @@ from prometheus_client import start_http_server
 from pydantic import Field, model_validator
 
 from retrieval.config import Config
-from retrieval.errors import InputError, InvalidRequestError
+from retrieval.errors import InputError, InvalidRequestError, RetrievalError
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.batcher import Batcher
 from retrieval.rpc.convert import (
+    batch_request_from,
+    batch_to,
     embed_request_from,
     embedded_to,
-    record_request_from,
-    recorded_to,
     retrieve_request_from,
     retrieved_to,
     state_to,
 )
+from retrieval.rpc.convert_record import record_request_from, recorded_to
 from retrieval.rpc.errors import OverloadedError
 from retrieval.rpc.health import Health
 from retrieval.rpc.logs import REQUEST_ID, request_id, request_id_of
@@ -146,7 +147,7 @@ class Server:
         self._tokens = Tokens(config.tokens) if config.tokens is not None else None
         self._config = config
         self._metrics = Metrics()
-        self._service = RetrievalService(histories, config.limits, metrics=self._metrics)
+        self._service = RetrievalService(histories, _within(config), metrics=self._metrics)
         self._batcher: Batcher[Prepared, Answer] = Batcher(
             self._service.answer,
             max_batch=config.max_batch,
@@ -260,6 +261,7 @@ class Server:
     def _handlers(self) -> grpc.GenericRpcHandler:
         methods = {
             "Retrieve": self._retrieve,
+            "BatchRetrieve": self._batch_retrieve,
             "EmbedUsers": self._embed_users,
             "RecordEvents": self._record_events,
             "GetServingState": self._serving_state,
@@ -307,10 +309,37 @@ class Server:
         request = retrieve_request_from(_parsed(pb.RetrieveRequest, content))
         answer, serving = await self._answer(request, context, start, client)
         assert isinstance(answer, Retrieved)
-        if answer.shortfall:
-            self._metrics.fell_short()
         with self._metrics.stage("answer"):
             return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
+
+    async def _batch_retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
+        """Each request is a job of its own, so that clients take turns by request and not by call."""
+        came = time.perf_counter()
+        message = _parsed(pb.BatchRetrieveRequest, content)
+        self._service.check_batch(len(message.requests))
+        loop, deadline = asyncio.get_running_loop(), _deadline(context)
+        with self._batcher.slot(client, len(message.requests)):
+            serving = self._reloader.live
+            prepare = partial(self._service.prepare_batch, serving, batch_request_from(message), came)
+            prepared = await loop.run_in_executor(self._lookups, prepare)
+            self._metrics.took("decode", time.perf_counter() - came)
+            outcomes = await asyncio.gather(*(self._outcome(one, deadline, client) for one in prepared))
+        with self._metrics.stage("answer"):
+            return batch_to(outcomes, string_ids=serving.string_ids).SerializeToString()
+
+    async def _outcome(
+        self, prepared: Prepared | RetrievalError, deadline: float | None, client: str
+    ) -> Retrieved | Exception:
+        """What becomes of one request of a BatchRetrieve: nothing that happens to it touches the others."""
+        try:
+            if isinstance(prepared, RetrievalError):
+                raise prepared
+            answer = await self._submit(prepared, deadline, client)
+        except Exception as error:
+            self._metrics.rejected(reason_of(error))
+            return error
+        assert isinstance(answer, Retrieved)
+        return answer
 
     async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         start = time.perf_counter()
@@ -340,21 +369,30 @@ class Server:
         self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float, client: str
     ) -> tuple[Answer, ServingSnapshot]:
         """Answer a request that began to be decoded at `start`."""
-        loop = asyncio.get_running_loop()
-        remaining = context.time_remaining()
-        deadline = loop.time() + remaining if remaining is not None else None
+        loop, deadline = asyncio.get_running_loop(), _deadline(context)
         with self._batcher.slot(client):
             serving = self._reloader.live
             if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
                 # Stored histories may block, and many users take long to check.
-                prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request)
+                prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request, start)
             else:
-                prepared = self._service.prepare(serving, request)
+                prepared = self._service.prepare(serving, request, start)
             self._metrics.took("decode", time.perf_counter() - start)
-            answer = await self._batcher.submit(prepared, deadline, client)
+            return await self._submit(prepared, deadline, client), serving
+
+    async def _submit(self, prepared: Prepared, deadline: float | None, client: str) -> Answer:
+        answer = await self._batcher.submit(prepared, deadline, client)
         if isinstance(prepared, PreparedRetrieve) and isinstance(answer, Retrieved):
             self._recall.offer(prepared, answer)
-        return answer, serving
+            if answer.shortfall:
+                self._metrics.fell_short()
+        return answer
+
+
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    """When a call's deadline passes, by the event loop's clock; None if it has none."""
+    remaining = context.time_remaining()
+    return asyncio.get_running_loop().time() + remaining if remaining is not None else None
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -365,6 +403,12 @@ def _limit_threads(threads: int | None) -> None:
         threads = min(torch.get_num_threads(), max(1, cores - 1))
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
+
+
+def _within(config: ServerConfig) -> Limits:
+    """Limits with no more requests in a BatchRetrieve than its client may have in hand."""
+    in_hand = min(config.capacity, config.client_capacity or config.capacity)
+    return config.limits.model_copy(update={"max_batch": min(config.limits.max_batch, in_hand)})
 
 
 _Message = TypeVar("_Message", bound=Message)
