@@ -4,9 +4,7 @@ async with AsyncRetrievalClient("localhost:50051") as client:
     answers = await asyncio.gather(*(client.retrieve(user, k=100) for user in users))
 """
 
-from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Sequence
 
 import grpc
 
@@ -14,7 +12,8 @@ from retrieval.errors import RetrievalError
 from retrieval.histories.event import Event
 from retrieval.index.filter import Filter
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
-from retrieval.rpc.client import OPTIONS, SERVICE, authorization, retrieve_message
+from retrieval.rpc.client import SERVICE, SERVICE_CONFIG, retrieve_message
+from retrieval.rpc.connection import AsyncConnection
 from retrieval.rpc.convert import (
     batch_from,
     batch_request_to,
@@ -38,12 +37,13 @@ from retrieval.rpc.requests import (
     StoredUser,
 )
 from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
-from retrieval.rpc.status import error_of
 
 __all__ = ["AsyncRetrievalClient"]
 
+_METHODS = pb.DESCRIPTOR.services_by_name["RetrievalService"].methods_by_name
 
-class AsyncRetrievalClient:
+
+class AsyncRetrievalClient(AsyncConnection):
     """`RetrievalClient` whose calls are awaited: same arguments, answers, errors, deadlines and retries.
 
     To be made and used in one event loop. Args as of `RetrievalClient`.
@@ -57,48 +57,13 @@ class AsyncRetrievalClient:
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
     ) -> None:
-        self._address, self._timeout, self._metadata = address, timeout, authorization(token)
-        if credentials is not None:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
-        self._batch_retrieve = self._method("BatchRetrieve", pb.BatchRetrieveRequest, pb.BatchRetrieveResponse)
-        self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
-        self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
-        self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
-        self._health = self._channel.unary_unary(
-            HEALTH_CHECK,
-            request_serializer=HealthCheckRequest.SerializeToString,
-            response_deserializer=HealthCheckResponse.FromString,
-        )
-
-    def _method(self, name: str, request: Any, response: Any) -> Callable[..., Awaitable[Any]]:
-        method: Callable[..., Awaitable[Any]] = self._channel.unary_unary(
-            f"/{SERVICE}/{name}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        return method
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection; calls in flight are cancelled."""
-        await self._channel.close()
-
-    async def _call(self, method: Callable[..., Awaitable[Any]], message: Any, timeout: float | None) -> Any:
-        seconds = timeout if timeout is not None else self._timeout
-        try:
-            return await method(message, timeout=seconds, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error, self._address, seconds) from None
+        super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
+        self._retrieve = self._described(_METHODS["Retrieve"])
+        self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
+        self._embed_users = self._described(_METHODS["EmbedUsers"])
+        self._record_events = self._described(_METHODS["RecordEvents"])
+        self._state = self._described(_METHODS["GetServingState"])
+        self._health = self._method(HEALTH_CHECK, HealthCheckRequest, HealthCheckResponse)
 
     async def retrieve(
         self,

@@ -9,9 +9,7 @@ with RetrievalClient("localhost:50051") as client:
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Sequence
 
 import grpc
 
@@ -19,6 +17,7 @@ from retrieval.errors import RetrievalError
 from retrieval.histories.event import Event
 from retrieval.index.filter import Filter, filter_from
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.connection import Connection
 from retrieval.rpc.convert import (
     batch_from,
     batch_request_to,
@@ -47,11 +46,10 @@ from retrieval.rpc.requests import (
     StoredUser,
 )
 from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
-from retrieval.rpc.status import error_of
 
 __all__ = [
-    "OPTIONS",
     "SERVICE",
+    "SERVICE_CONFIG",
     "Debug",
     "Embedded",
     "Embedding",
@@ -65,11 +63,12 @@ __all__ = [
     "ServingState",
     "Source",
     "StoredUser",
-    "authorization",
     "retrieve_message",
 ]
 
-SERVICE: str = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RetrievalService"]
+_METHODS = _DESCRIPTOR.methods_by_name
+SERVICE: str = _DESCRIPTOR.full_name
 
 # Any call may be repeated: the server recognises recorded events. All five attempts fit in the default deadline, so
 # that a server without a snapshot is reported as that and not as a deadline that passed.
@@ -87,17 +86,8 @@ _RETRIES = {
         }
     ]
 }
-OPTIONS = [
-    ("grpc.service_config", json.dumps(_RETRIES)),
-    # Embeddings of many users are larger than gRPC's default of 4 MiB.
-    ("grpc.max_receive_message_length", 64 * 2**20),
-]
+SERVICE_CONFIG = json.dumps(_RETRIES)
 _POLL_SECONDS = 0.1
-
-
-def authorization(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call: the bearer token, if there is one."""
-    return (("authorization", f"Bearer {token}"),) if token is not None else ()
 
 
 def retrieve_message(
@@ -130,7 +120,7 @@ def retrieve_message(
     return retrieve_request_to(request)
 
 
-class RetrievalClient:
+class RetrievalClient(Connection):
     """A connection to a retrieval server. Any number of threads may share it.
 
     All calls raise, with the server's sentence:
@@ -160,49 +150,13 @@ class RetrievalClient:
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
     ) -> None:
-        self._address, self._timeout = address, timeout
-        self._metadata = authorization(token)
-        if credentials is not None:
-            self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
-        else:
-            self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
-        self._batch_retrieve = self._method("BatchRetrieve", pb.BatchRetrieveRequest, pb.BatchRetrieveResponse)
-        self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
-        self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
-        self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
-        self._health = self._channel.unary_unary(
-            HEALTH_CHECK,
-            request_serializer=HealthCheckRequest.SerializeToString,
-            response_deserializer=HealthCheckResponse.FromString,
-        )
-
-    def _method(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
-        method: Callable[..., Any] = self._channel.unary_unary(
-            f"/{SERVICE}/{name}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        return method
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection; calls in flight are cancelled."""
-        self._channel.close()
-
-    def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
-        seconds = timeout if timeout is not None else self._timeout
-        try:
-            return method(message, timeout=seconds, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise error_of(error, self._address, seconds) from None
+        super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
+        self._retrieve = self._described(_METHODS["Retrieve"])
+        self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
+        self._embed_users = self._described(_METHODS["EmbedUsers"])
+        self._record_events = self._described(_METHODS["RecordEvents"])
+        self._state = self._described(_METHODS["GetServingState"])
+        self._health = self._method(HEALTH_CHECK, HealthCheckRequest, HealthCheckResponse)
 
     def retrieve(
         self,

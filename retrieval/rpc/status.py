@@ -11,7 +11,11 @@ from retrieval.errors import (
     InvalidRequestError,
     NoSnapshotError,
     RetrievalError,
+    SnapshotConflictError,
+    SnapshotCorruptError,
+    SnapshotError,
     UnknownUserError,
+    UnknownVersionError,
 )
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.errors import (
@@ -35,7 +39,7 @@ _PUSHBACK = "grpc-retry-pushback-ms"
 
 _log = logging.getLogger(__name__)
 
-# Error, code, ErrorInfo.reason; documented at the top of retrieval.proto.
+# Error, code, ErrorInfo.reason; documented at the top of retrieval.proto and admin.proto. The first that fits counts.
 _TABLE: tuple[tuple[type[RetrievalError], grpc.StatusCode, str], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (UnknownUserError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_USER"),
@@ -46,6 +50,10 @@ _TABLE: tuple[tuple[type[RetrievalError], grpc.StatusCode, str], ...] = (
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    (UnknownVersionError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_VERSION"),
+    (SnapshotConflictError, grpc.StatusCode.ABORTED, "SNAPSHOT_CONFLICT"),
+    (SnapshotCorruptError, grpc.StatusCode.FAILED_PRECONDITION, "SNAPSHOT_CORRUPT"),
+    (SnapshotError, grpc.StatusCode.FAILED_PRECONDITION, "SNAPSHOT_ERROR"),
 )
 _BY_REASON = {reason: error for error, _, reason in _TABLE}
 _INTERNAL = "INTERNAL"

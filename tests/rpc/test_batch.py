@@ -173,6 +173,9 @@ class FailingHistories:
     def append(self, events: Any) -> Any:
         raise AssertionError(events)
 
+    def close(self) -> None:
+        """Holds nothing."""
+
 
 def test_a_store_that_fails_fails_the_requests_that_need_it(integer_world: World, tmp_path: Path) -> None:
     config = ServerConfig(registry=integer_world.registry.location, port=0)

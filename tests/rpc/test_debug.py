@@ -87,7 +87,9 @@ def test_filtered_popular_and_empty_answers_tell_how_many_items_were_eligible(
 def test_items_that_no_event_was_on_are_told(
     world: World, client: RetrievalClient, service: RetrievalService, serving: ServingSnapshot
 ) -> None:
-    cold = {item for item, count in zip(world.ids(range(ITEMS)), world.dataset.item_counts, strict=True) if not count}
+    cold = {
+        item for item, count in zip(world.ids(list(range(ITEMS))), world.dataset.item_counts, strict=True) if not count
+    }
     assert 50 <= len(cold) < ITEMS
     answer = client.retrieve(world.history(9), k=ITEMS, request_time=LATER)
     assert {answer.items[place] for place in answer.cold_items} == cold
@@ -111,7 +113,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_text_goes(world: World, clien
         ({"action": lone}, "action"),
     ):
         with pytest.raises(Exception, match="surrogates not allowed") as error:
-            client.retrieve(user, k=1, **option)  # type: ignore[arg-type]
+            client.retrieve(user, k=1, **option)
         assert getattr(error.value, "field", None) == field
     for history in (History([lone], [1]), History(world.ids([1]), [1], [lone]), History([], [], context={lone: "a"})):
         with pytest.raises(Exception, match="surrogates not allowed") as error:
