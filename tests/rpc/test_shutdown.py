@@ -15,9 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from retrieval.rpc.client import RetrievalClient
 from retrieval.rpc.errors import UnavailableError
-from retrieval.snapshot.registry import Registry
-from tests.rpc.test_reload import until
-from tests.rpc.world import World, make_encoder, publish
+from tests.rpc.world import World
 
 SERVER = textwrap.dedent("""
     import sys
@@ -26,16 +24,12 @@ SERVER = textwrap.dedent("""
     config = ServerConfig(registry=Path(sys.argv[1]), port=0, drain_seconds=float(sys.argv[2]), grace_seconds=60)
     run_server(config, on_ready=lambda address: print(address, flush=True))
 """)
-# Never polls by itself.
-FOLLOWER = SERVER.replace("grace_seconds=60", "grace_seconds=60, poll_seconds=3600")
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @contextmanager
-def process(
-    registry: Path | str, drain_seconds: float, script: str = SERVER
-) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    command = [sys.executable, "-c", script, str(registry), str(drain_seconds)]
+def process(registry: Path | str, drain_seconds: float) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    command = [sys.executable, "-c", SERVER, str(registry), str(drain_seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         try:
@@ -77,18 +71,3 @@ def test_an_open_health_watch_does_not_hold_up_the_end(integer_world: World) -> 
         assert running.wait(30) == 0
         assert time.monotonic() - start < 30, "the grace period is 60 s"
         assert next(watches[0]).status == NOT_SERVING
-
-
-def test_a_signal_lets_a_server_look_at_the_registry_at_once(integer_world: World, tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
-    first = publish(registry, integer_world.dataset, make_encoder(1))
-    with process(tmp_path, 0, FOLLOWER) as (address, running), RetrievalClient(address, 10) as client:
-        assert client.serving_state().snapshot_version == first
-        second = publish(registry, integer_world.dataset, make_encoder(2))
-        running.send_signal(signal.SIGHUP)
-        until(lambda: client.serving_state().snapshot_version == second)
-        registry.activate(first)
-        running.send_signal(signal.SIGHUP)
-        until(lambda: client.serving_state().snapshot_version == first)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == 0
