@@ -102,9 +102,7 @@ def run(parsed: argparse.Namespace) -> None:
             parsed.work,
             config,
             ingest=lambda out: ingest_with_progress(parsed, parsed.events, out, memory=parsed.memory),
-            encoder_config=lambda dataset: encoder_config(
-                dataset, parsed.preset or "ml1m", query_actions=parsed.query_actions
-            ),
+            encoder_config=lambda dataset: encoder_config(dataset, parsed),
             histories=histories,
             dry_run=parsed.dry_run,
             device=device,

@@ -1,5 +1,6 @@
 """Events to record as messages, and back. Used by both ends: no numpy, torch or faiss here."""
 
+from retrieval.errors import InvalidRequestError
 from retrieval.histories.event import Event
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.convert import id_from, id_to
@@ -19,9 +20,15 @@ def record_request_to(request: RecordRequest) -> pb.RecordEventsRequest:
     for place, event in enumerate(request.events):
         part, field = message.events.add(), f"events[{place}]"
         id_to(part.user_id, event.user_id, f"{field}.user_id")
-        id_to(part.item_id, event.item_id, f"{field}.item_id")
+        if event.item_id is not None:
+            id_to(part.item_id, event.item_id, f"{field}.item_id")
         for name, kind in (("action", "text"), ("timestamp", "an integer, in seconds"), ("event_id", "text")):
             set_field(part, name, getattr(event, name), f"{field}.{name}", kind)
+        for name in ("context", "auxiliary"):
+            try:
+                getattr(part, name).update(getattr(event, name))
+            except (TypeError, ValueError) as error:
+                raise InvalidRequestError(f"{field}.{name}", f"must map names to texts ({error})") from None
     return message
 
 
@@ -29,16 +36,18 @@ def record_request_from(message: pb.RecordEventsRequest) -> RecordRequest:
     """A message as a request.
 
     Raises:
-        InvalidRequestError: an event without a user or an item.
+        InvalidRequestError: an event without a user, or with an id that is none.
     """
     return RecordRequest(
         events=[
             Event(
                 user_id=id_from(event.user_id, f"events[{place}].user_id"),
-                item_id=id_from(event.item_id, f"events[{place}].item_id"),
+                item_id=id_from(event.item_id, f"events[{place}].item_id") if event.HasField("item_id") else None,
                 timestamp=event.timestamp,
                 action=event.action,
                 event_id=event.event_id,
+                context=dict(event.context),
+                auxiliary=dict(event.auxiliary),
             )
             for place, event in enumerate(message.events)
         ]
