@@ -122,8 +122,8 @@ def measure(path: Path, items: int, seconds: float, rounds: int) -> list[dict[st
                 addresses = [address for address, _ in used]
                 rate, p50, failed = _asked(senders, addresses, method, messages, callers, seconds)
                 cpu = sum(_cpu_seconds(process) for _, process in used) - before
-                row = {"queries_per_s": rate, "call_p50_ms": p50, "server_cpu_us": 1e6 * cpu / (rate * seconds)}
-                found[name].append({"items": items, "arrangement": name, **row, "failed": failed})
+                figures = {"queries_per_s": rate, "call_p50_ms": p50, "server_cpu_us": 1e6 * cpu / (rate * seconds)}
+                found[name].append({"items": items, "arrangement": name, **figures, "failed": failed})
     rows = []
     for several in found.values():
         row = sorted(several, key=lambda row: float(str(row["queries_per_s"])))[len(several) // 2]

@@ -124,6 +124,13 @@ def test_what_cannot_be_activated_changes_nothing(integer_world: World, tmp_path
             listed = admin.list_snapshots()
             assert (listed.current_version, listed.serving_version, listed.problem) == (good, good, "")
             assert [bool(one.problem) for one in listed.snapshots] == [False, True, False]
+            newer = publish(registry, integer_world.dataset, make_encoder(3))
+            registry.activate(good)
+            # As where the registry is mounted for reading only.
+            (tmp_path / "CURRENT.lock").unlink()
+            (tmp_path / "CURRENT.lock").mkdir()
+            with pytest.raises(SnapshotError, match="cannot be written"):
+                admin.activate(newer)
             assert client.retrieve(History([], []), k=1).snapshot_version == good
             assert registry.current() == good
 
