@@ -202,7 +202,7 @@ def test_swaps_under_load_lose_no_call_and_mix_no_versions(integer_world: World,
             caller.start()
         for seed in range(1, 6):
             versions.append(publish(registry, integer_world.dataset, make_encoder(seed)))
-            until(lambda: version_of(client) == versions[-1])
+            until(lambda: bool(answers) and answers[-1][1].snapshot_version == versions[-1])
         done.set()
         for caller in callers:
             caller.join()
