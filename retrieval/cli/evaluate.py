@@ -56,7 +56,6 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
     from retrieval.data.splits import SplitInfo, split_dataset
     from retrieval.encoder.inference import embed_users, item_vectors
     from retrieval.evaluation.offline import evaluate
-    from retrieval.index.backend import FaissBackend
     from retrieval.index.searcher import Searcher
     from retrieval.jobs.publish import built_index, current_user_embeddings, load_trained
 
@@ -66,8 +65,8 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
         raise InputError(f"{run_dir}: was trained on every event, so none is left to evaluate on")
     split = split_dataset(dataset, split_info)
     vectors = item_vectors(encoder)
-    index, spec, _ = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
-    searcher = Searcher(FaissBackend(index, vectors, spec), dataset.vocabulary.rank_by_id)
+    index, _ = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
+    searcher = Searcher(index, dataset.vocabulary.rank_by_id)
     with progress("evaluate") as update:
         return evaluate(
             dataset,

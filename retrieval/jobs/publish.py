@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
 from retrieval.evaluation.gates import GateResult
 from retrieval.files import write_atomically
-from retrieval.index.backend import FaissBackend
+from retrieval.index.backend import IndexBackend
 from retrieval.index.builder import build_index
 from retrieval.index.choice import AutoIndex, Measured, choose_index
 from retrieval.index.searcher import Searcher
@@ -76,7 +75,7 @@ class Candidate:
         encoder, info: the trained encoder and what it is.
         vocabulary: ids and attributes, with each item's number of events and recent popularity.
         vectors: item embeddings `[N, D]`.
-        index, spec: the index over them.
+        index: over them.
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
         choice: what was measured to choose the index; empty where it was given.
@@ -87,8 +86,7 @@ class Candidate:
     info: CheckpointInfo
     vocabulary: Vocabulary
     vectors: NDArray[np.float32]
-    index: faiss.Index
-    spec: IndexSpec
+    index: IndexBackend
     searcher: Searcher
     ann_recall: float
     choice: tuple[Measured, ...]
@@ -118,17 +116,16 @@ def build_candidate(
     encoder, info = load_trained(dataset, run_dir)
     vectors = item_vectors(encoder)
     users = current_user_embeddings(dataset, encoder)
-    index, spec, table = built_index(vectors, users, spec, run_dir, on_choice)
+    index, table = built_index(vectors, users, spec, run_dir, on_choice)
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
     counted = Vocabulary(dataset.vocabulary.ids, {**dataset.vocabulary.attributes, **known})
-    searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
+    searcher = Searcher(index, counted.rank_by_id)
     return Candidate(
         encoder=encoder,
         info=info,
         vocabulary=counted,
         vectors=vectors,
         index=index,
-        spec=spec,
         searcher=searcher,
         ann_recall=ann_recall(searcher, vectors, users),
         choice=table,
@@ -151,8 +148,8 @@ def built_index(
     spec: IndexSpec | AutoIndex,
     run_dir: Path,
     on_choice: Callable[[str], None] = lambda line: None,
-) -> tuple[faiss.Index, IndexSpec, tuple[Measured, ...]]:
-    """The index that is asked for, what it is, and what was measured to choose it.
+) -> tuple[IndexBackend, tuple[Measured, ...]]:
+    """The index that is asked for, and what was measured to choose it.
 
     Args:
         vectors: item embeddings `[N, D]`.
@@ -165,16 +162,16 @@ def built_index(
         ConfigError: the index cannot be built, or nothing reaches what is asked for.
     """
     if isinstance(spec, IndexSpec):
-        return build_index(vectors, spec), spec, ()
+        return build_index(vectors, spec), ()
     file, digest = run_dir / _CHOICE, hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()
     if file.exists():
         kept = _Kept.model_validate_json(file.read_bytes())
         if (kept.vectors, kept.auto) == (digest, spec):
-            return build_index(vectors, kept.spec), kept.spec, kept.table
+            return build_index(vectors, kept.spec), kept.table
     choice = choose_index(vectors, users, spec, report=on_choice)
     kept = _Kept(vectors=digest, auto=spec, spec=choice.spec, table=choice.table)
     write_atomically(file, kept.model_dump_json(indent=2).encode())
-    return choice.index, choice.spec, choice.table
+    return choice.index, choice.table
 
 
 def _trained_on(dataset: Dataset, info: CheckpointInfo) -> Interval:
@@ -209,7 +206,6 @@ def publish_candidate(
             info=candidate.info,
             vocabulary=candidate.vocabulary,
             index=candidate.index,
-            spec=candidate.spec,
             ann_recall=candidate.ann_recall,
             report=report,
             parent=parent,

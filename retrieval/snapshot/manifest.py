@@ -15,7 +15,6 @@ from retrieval.files import sha256_of
 from retrieval.index.spec import IndexSpec
 
 __all__ = [
-    "FILES",
     "MANIFEST",
     "SNAPSHOT_FORMAT",
     "FileEntry",
@@ -23,6 +22,8 @@ __all__ = [
     "Interval",
     "Manifest",
     "check_sizes",
+    "files_of",
+    "format_of",
     "is_version",
     "parse_manifest",
     "read_manifest",
@@ -31,10 +32,9 @@ __all__ = [
     "version_number",
 ]
 
-SNAPSHOT_FORMAT = 2
+SNAPSHOT_FORMAT = 3
+_OLDEST = 2
 MANIFEST = "manifest.json"
-FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow")
-"""Every file of a snapshot beside its manifest."""
 
 _VERSION = re.compile(r"([0-9]{6,18})-([0-9a-f]{12})")
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -101,6 +101,16 @@ class Manifest(Config):
     tools: dict[str, str]
 
 
+def files_of(index: IndexSpec) -> tuple[str, ...]:
+    """Every file beside the manifest of a snapshot with this index."""
+    return tuple(sorted(("encoder.json", "encoder.safetensors", index.file, "report.json", "vocabulary.arrow")))
+
+
+def format_of(index: IndexSpec) -> int:
+    """The oldest format that can hold this index, so that servers of earlier versions read what they can."""
+    return 2 if index.lists is None else 3
+
+
 def version_name(number: int, manifest: bytes) -> str:
     """A version's name: its number and, to bind it to its manifest, 12 hex digits of the manifest's SHA-256."""
     return f"{number:06d}-{_digest(manifest)}"
@@ -144,14 +154,21 @@ def parse_manifest(content: bytes, version: str, where: str) -> Manifest:
         raise SnapshotError(
             f"{where}: format {number} is newer than the format {SNAPSHOT_FORMAT} that this version reads; upgrade it"
         )
-    if number != SNAPSHOT_FORMAT:
-        raise SnapshotError(f"{where}: format {number!r} is not the format {SNAPSHOT_FORMAT} that this version reads")
+    if not isinstance(number, int) or isinstance(number, bool) or number < _OLDEST:
+        raise SnapshotError(
+            f"{where}: format {number!r} is not a format that this version reads, {_OLDEST} to {SNAPSHOT_FORMAT}"
+        )
     try:
         manifest = Manifest.parse(values, where)
     except ConfigError as error:
         raise SnapshotError(str(error)) from None
-    if set(manifest.files) != set(FILES):
-        raise SnapshotError(f"{where}: files: must be {', '.join(FILES)}, not {', '.join(manifest.files) or 'none'}")
+    names = files_of(manifest.index)
+    if set(manifest.files) != set(names):
+        raise SnapshotError(f"{where}: files: must be {', '.join(names)}, not {', '.join(manifest.files) or 'none'}")
+    if number != format_of(manifest.index):
+        raise SnapshotError(
+            f"{where}: index {manifest.index.factory!r} does not belong in a snapshot of format {number}"
+        )
     return manifest
 
 

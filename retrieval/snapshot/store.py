@@ -23,28 +23,27 @@ from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import InputError, SnapshotCorruptError
 from retrieval.files import locked, sha256_of
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import FaissBackend
-from retrieval.index.builder import read_index, write_index
+from retrieval.index.backend import IndexBackend
+from retrieval.index.builder import open_index, score_error
 from retrieval.index.searcher import Searcher
-from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import (
-    FILES,
     MANIFEST,
-    SNAPSHOT_FORMAT,
     FileEntry,
     GateVerdict,
     Interval,
     Manifest,
+    files_of,
+    format_of,
     read_manifest,
     verify_files,
 )
 
 __all__ = ["Snapshot", "open_snapshot", "write_snapshot"]
 
-_VOCABULARY, _INDEX, _REPORT = "vocabulary.arrow", "index.faiss", "report.json"
+_VOCABULARY, _REPORT = "vocabulary.arrow", "report.json"
 
-# How many items are looked up to see whether an index is one of these embeddings, and how deep.
-_PROBES, _PROBE_DEPTH = 64, 10
+# How far off an index's scores may be: a lossy one stays far below; one of other embeddings is off by all.
+_MOST_OFF = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +76,7 @@ def write_snapshot(
     encoder: UserEncoder,
     info: CheckpointInfo,
     vocabulary: Vocabulary,
-    index: faiss.Index,
-    spec: IndexSpec,
+    index: IndexBackend,
     ann_recall: float,
     report: Mapping[str, Any],
     parent: str | None = None,
@@ -92,15 +90,21 @@ def write_snapshot(
     Raises:
         SnapshotCorruptError: encoder, vocabulary and index do not belong together.
     """
-    _check_together(folder, vocabulary, info, index, item_vectors(encoder))
+    vectors = item_vectors(encoder)
+    _check_together(folder, vocabulary, info, (index.count, index.width))
+    off = score_error(index, vectors)
+    if not off < _MOST_OFF:
+        raise SnapshotCorruptError(
+            f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
+        )
     save_checkpoint(folder, encoder, info)
     vocabulary.save(folder / _VOCABULARY)
-    write_index(index, folder / _INDEX)
+    index.save(folder / index.spec.file)
     (folder / _REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    paths = [folder / name for name in FILES]
+    paths = [folder / name for name in files_of(index.spec)]
     files = {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
     manifest = Manifest(
-        format=SNAPSHOT_FORMAT,
+        format=format_of(index.spec),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
         parent=parent,
@@ -110,7 +114,7 @@ def write_snapshot(
         items=len(vocabulary),
         vocabulary=vocabulary.fingerprint,
         width=info.encoder.width,
-        index=spec,
+        index=index.spec,
         ann_recall=ann_recall,
         gates=tuple(gates),
         tools={
@@ -141,17 +145,15 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         try:
             encoder, info = load_checkpoint(folder, device)
             vocabulary = Vocabulary.load(folder / _VOCABULARY)
-            index = read_index(folder / _INDEX, manifest.index)
+            _check_together(folder, vocabulary, info, (manifest.items, manifest.width))
+            index = open_index(folder / manifest.index.file, manifest.index, item_vectors(encoder))
         except InputError as error:
             # Of whoever wrote it; here it is not the user's.
             raise SnapshotCorruptError(str(error)) from None
-    vectors = item_vectors(encoder)
-    _check_together(folder, vocabulary, info, index, vectors)
     promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
     if (len(vocabulary), info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
         raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
-    backend = FaissBackend(index, vectors, manifest.index)
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
     return Snapshot(
         version=folder.name,
@@ -159,35 +161,20 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         encoder=encoder,
         info=info,
         vocabulary=vocabulary,
-        searcher=Searcher(backend, vocabulary.rank_by_id, attributes=attributes),
+        searcher=Searcher(index, vocabulary.rank_by_id, attributes=attributes),
         popular=np.lexsort((vocabulary.rank_by_id, -events, -popularity)),
     )
 
 
-def _check_together(
-    folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, index: faiss.Index, vectors: NDArray[np.float32]
-) -> None:
-    """Refuse parts of different snapshots, which sizes alone need not tell.
-
-    An index knows the embeddings that it was built over: its scores of what it finds are then those of the encoder, up
-    to what its codec loses. Over the embeddings of another encoder they have nothing to do with each other.
+def _check_together(folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, index: tuple[int, int]) -> None:
+    """Refuse parts of different snapshots, as far as sizes tell; `index`: its items and their width.
 
     Raises:
         SnapshotCorruptError: the parts do not belong together.
     """
-    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
-    if len(set(sizes.values())) > 1 or info.encoder.width != index.d:
+    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index[0]}
+    if len(set(sizes.values())) > 1 or info.encoder.width != index[1]:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
     for name in ("events", "popularity"):
         if name not in vocabulary.attributes:
             raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column {name!r}")
-    if not len(vectors):
-        return
-    rows = np.unique(np.linspace(0, len(vectors) - 1, _PROBES).astype(np.int64))
-    scores, found = index.search(vectors[rows], min(_PROBE_DEPTH, len(vectors)))
-    exact = np.einsum("qd,qkd->qk", vectors[rows], vectors[found])
-    off = float(np.abs(scores - exact)[found >= 0].sum() / np.abs(exact)[found >= 0].sum())
-    if not off < 0.5:
-        raise SnapshotCorruptError(
-            f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
-        )

@@ -104,7 +104,6 @@ def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, actions:
             ),
             vocabulary=vocabulary,
             index=build_index(item_vectors(encoder), spec),
-            spec=spec,
             ann_recall=1.0,
             report={},
         )

@@ -22,13 +22,16 @@ ITEMS = 12
 CONFIG = HSTUConfig(num_items=ITEMS, max_length=6, width=8, qk_dim=8, v_dim=8)
 
 
-def writer(seed: int = 0, *, index_of: int | None = None, parent: str | None = None) -> Callable[[Path], bytes]:
+def writer(
+    seed: int = 0, *, index_of: int | None = None, parent: str | None = None, spec: IndexSpec | None = None
+) -> Callable[[Path], bytes]:
     """What `Registry.publish` takes.
 
     Args:
         seed: of the encoder's weights.
         index_of: seed of the encoder over whose items the index is built; by default the same.
         parent: the version that it claims to follow.
+        spec: of the index; exact if not given.
     """
     encoder = _encoder(seed)
     ids = pa.array([f"item-{number}" for number in range(ITEMS)])
@@ -42,8 +45,7 @@ def writer(seed: int = 0, *, index_of: int | None = None, parent: str | None = N
             encoder=encoder,
             info=CheckpointInfo(encoder=CONFIG, actions=("",), dataset="d", split={}, training={}),
             vocabulary=vocabulary,
-            index=build_index(vectors, IndexSpec()),
-            spec=IndexSpec(),
+            index=build_index(vectors, spec or IndexSpec()),
             ann_recall=1.0,
             report={"seed": seed},
             parent=parent,
@@ -54,9 +56,9 @@ def writer(seed: int = 0, *, index_of: int | None = None, parent: str | None = N
     return write
 
 
-def publish(registry: Registry, seed: int = 0) -> str:
+def publish(registry: Registry, seed: int = 0, spec: IndexSpec | None = None) -> str:
     """Publish a snapshot of the seed."""
-    return registry.publish(writer(seed))
+    return registry.publish(writer(seed, spec=spec))
 
 
 def _encoder(seed: int) -> HSTUEncoder:

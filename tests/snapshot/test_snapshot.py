@@ -14,6 +14,7 @@ import pytest
 from retrieval.encoder.inference import item_vectors
 from retrieval.errors import RetrievalError, SnapshotCorruptError, SnapshotError
 from retrieval.files import sha256_of
+from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import MANIFEST, version_name
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
@@ -64,6 +65,23 @@ def test_an_index_of_another_night_is_refused_even_where_the_checksums_were_made
     files["index.faiss"]["sha256"] = sha256_of(second / "index.faiss")
     with pytest.raises(SnapshotCorruptError, match="encoder and index do not belong together"):
         open_snapshot(rewrite_manifest(second, files=files))
+
+
+def test_an_index_of_codes_is_written_in_a_format_of_its_own(registry: Registry) -> None:
+    spec = IndexSpec(factory="IVF3,Int8", search={"nprobe": 3})
+    version = publish(registry, spec=spec)
+    manifest = registry.manifest(version)
+    assert manifest.format == 3
+    assert "index.safetensors" in manifest.files
+    snapshot = open_snapshot(registry.folder(version))
+    vectors = item_vectors(snapshot.encoder)
+    assert snapshot.searcher.search(vectors, [1] * ITEMS).rows[:, 0].tolist() == list(range(ITEMS))
+    with pytest.raises(SnapshotError, match=r"index 'IVF3,Int8' does not belong in a snapshot of format 2"):
+        open_snapshot(rewrite_manifest(registry.folder(version), format=2))
+
+
+def test_what_an_earlier_version_can_read_is_written_for_it(registry: Registry) -> None:
+    assert registry.manifest(registry.current()).format == 2
 
 
 FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow", MANIFEST)
@@ -135,9 +153,9 @@ def rewrite_manifest(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 3}, "format 3 is newer than the format 2 that this version reads; upgrade it"),
-        ({"format": 1}, "format 1 is not the format 2"),
-        ({"format": None}, "format None is not the format 2"),
+        ({"format": 4}, "format 4 is newer than the format 3 that this version reads; upgrade it"),
+        ({"format": 1}, "format 1 is not a format that this version reads, 2 to 3"),
+        ({"format": None}, "format None is not a format"),
         ({"items": 13}, "are not those of the manifest"),
         ({"width": 9}, "are not those of the manifest"),
         ({"model": "0" * 64}, "are not those of the manifest"),

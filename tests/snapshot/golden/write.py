@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from retrieval.encoder.inference import item_vectors
+from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import SNAPSHOT_FORMAT
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
@@ -31,7 +32,8 @@ def main() -> None:
     """Write the registry and, beside it, what its snapshot answers."""
     registry = Registry(Path(__file__).parent / f"format-{SNAPSHOT_FORMAT}")
     assert not registry.versions(), "golden files are not written again"
-    version = publish(registry)
+    # What only this format can hold.
+    version = publish(registry, spec=IndexSpec(factory="IVF3,Int8", search={"nprobe": 2}))
     for name in ("LEASE", "CURRENT.lock"):
         (Path(registry.location) / name).unlink()
     text = json.dumps(answers(open_snapshot(registry.folder(version))), indent=1)
