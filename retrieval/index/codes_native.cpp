@@ -125,7 +125,7 @@ struct Query {
     bytes.assign(over.groups * 4, 0);
     offset = 0;
     for (int64_t d = 0; d < over.width; ++d) {
-      bytes[d] = int8_t(std::nearbyint(asked[d] / scale));
+      bytes[d] = std::isfinite(asked[d]) ? int8_t(std::nearbyint(asked[d] / scale)) : 0;
       offset += 128 * bytes[d];
       float error = asked[d] - bytes[d] * scale;
       squares += asked[d] * asked[d];
@@ -135,7 +135,8 @@ struct Query {
     float length = std::sqrt(squares);
     margin = length * over.error + std::sqrt(off) * over.norm;
     margin += float(over.width + 16) * 0x1p-22f * length * over.norm;
-    require(-std::numeric_limits<float>::infinity());
+    // One that is not finite finds nothing.
+    require(std::isfinite(length) ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity());
     scores.resize(BUFFER + 8 * LANES);
     rows.resize(scores.size());
   }

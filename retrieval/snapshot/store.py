@@ -145,14 +145,14 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         try:
             encoder, info = load_checkpoint(folder, device)
             vocabulary = Vocabulary.load(folder / _VOCABULARY)
+            promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
+            if (len(vocabulary), info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
+                raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
             _check_together(folder, vocabulary, info, (manifest.items, manifest.width))
             index = open_index(folder / manifest.index.file, manifest.index, item_vectors(encoder))
         except InputError as error:
             # Of whoever wrote it; here it is not the user's.
             raise SnapshotCorruptError(str(error)) from None
-    promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
-    if (len(vocabulary), info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
-        raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
     return Snapshot(
