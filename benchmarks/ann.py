@@ -13,8 +13,8 @@ usearch, ScaNN and SVS, as far as they are installed.
 Recall@100 is compared by score with exact search, for every library by the item vectors themselves. Each library's
 search parameters are raised until recall reaches .99. Per setting: queries per second one at a time and in batches of
 8, 64 and 256 (the best of three passes), seconds to build, bytes of the index where the library tells them. Exact
-search is also set against this run's measured limit of float32: bytes read over the memory's bandwidth for one query, the products'
-arithmetic over the rate of a large matrix product for batches of 256.
+search is also set against this run's measured limit of float32: bytes read over the memory's bandwidth for one query,
+the products' arithmetic over the rate of a large matrix product for batches of 256.
 """
 
 import argparse
