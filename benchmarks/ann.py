@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import WrongAnswerError, append_rows, environment, limits
-from retrieval.index.backend import IndexBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
@@ -191,7 +191,7 @@ def _ours(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
         seconds = time.perf_counter() - begun
 
         def settings(
-            index: IndexBackend = index, searches: list[dict[str, float]] = searches, seconds: float = seconds
+            index: Index = index, searches: list[dict[str, float]] = searches, seconds: float = seconds
         ) -> Iterator[Setting]:
             for search in searches:
                 backend = index.tuned(search)

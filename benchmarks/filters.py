@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import WrongAnswerError, append_rows, environment, timed
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import IndexBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.filter import Compare
 from retrieval.index.planner import Costs
@@ -135,7 +135,7 @@ def ours(searcher: Searcher, filter_: Compare | None, survivors: int) -> Search:
     return search
 
 
-def own_selector(backend: IndexBackend, mask: NDArray[np.bool_] | None, effort: float) -> Search:
+def own_selector(backend: Index, mask: NDArray[np.bool_] | None, effort: float) -> Search:
     """The index by itself."""
     allowed = None if mask is None else np.packbits(mask, bitorder="little")
 
@@ -182,7 +182,7 @@ def hnswlib_filter(world: World, target: float) -> Callable[[NDArray[np.bool_]],
     return with_mask
 
 
-def tuned(world: World, factory: str, searches: Sequence[dict[str, float]], target: float) -> IndexBackend:
+def tuned(world: World, factory: str, searches: Sequence[dict[str, float]], target: float) -> Index:
     """The index with the first search parameters that reach the target without a filter.
 
     Raises:

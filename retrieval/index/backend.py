@@ -14,7 +14,7 @@ from retrieval.index.exact import prefer_products
 from retrieval.index.spec import IndexSpec
 from retrieval.types import SearchResult
 
-__all__ = ["FaissBackend", "IndexBackend", "faiss_reason"]
+__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason"]
 
 # Its stubs know neither the keyword arguments of search parameters nor selectors made from arrays.
 _FAISS: Any = faiss
@@ -45,23 +45,6 @@ class IndexBackend(Protocol):
         """D."""
         ...
 
-    @property
-    def size(self) -> int:
-        """Bytes that the index takes, without `vectors`."""
-        ...
-
-    def tuned(self, search: dict[str, float]) -> "IndexBackend":
-        """The same index searched with these parameters; this one must not be searched any more.
-
-        Raises:
-            ConfigError: the index has no such parameter.
-        """
-        ...
-
-    def save(self, path: Path) -> None:
-        """Write the index's file, `spec.file` of a snapshot."""
-        ...
-
     def search(
         self,
         queries: NDArray[np.float32],
@@ -81,6 +64,27 @@ class IndexBackend(Protocol):
         Returns:
             Answers `[B, k]`, best first, −1 past the last.
         """
+        ...
+
+
+class Index(IndexBackend, Protocol):
+    """An index as it is built, tuned and kept."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that the index takes, without `vectors`."""
+        ...
+
+    def tuned(self, search: dict[str, float]) -> "Index":
+        """The same index searched with these parameters; this one must not be searched any more.
+
+        Raises:
+            ConfigError: the index has no such parameter.
+        """
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the index's file, `spec.file` of a snapshot."""
         ...
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError, SnapshotCorruptError
-from retrieval.index.backend import FaissBackend, IndexBackend, faiss_reason
+from retrieval.index.backend import FaissBackend, Index, faiss_reason
 from retrieval.index.codes_backend import CodesBackend
 from retrieval.index.lists import Report, build_lists, check_finite, load_lists
 from retrieval.index.spec import IndexSpec
@@ -25,7 +25,7 @@ def build_index(
     *,
     work: Path | None = None,
     report: Report = lambda done, total: None,
-) -> IndexBackend:
+) -> Index:
     """Train and fill an index; what it answers are rows.
 
     Args:
@@ -56,7 +56,7 @@ def build_index(
     return FaissBackend(index, vectors, spec)
 
 
-def open_index(path: Path, spec: IndexSpec, vectors: NDArray[np.float32]) -> IndexBackend:
+def open_index(path: Path, spec: IndexSpec, vectors: NDArray[np.float32]) -> Index:
     """Open an index file whose checksum has been verified: Faiss itself notices little damage.
 
     Raises:
@@ -84,7 +84,7 @@ def open_index(path: Path, spec: IndexSpec, vectors: NDArray[np.float32]) -> Ind
     return CodesBackend(vectors, spec) if exact else opened
 
 
-def score_error(index: IndexBackend, vectors: NDArray[np.float32]) -> float:
+def score_error(index: Index, vectors: NDArray[np.float32]) -> float:
     """How far an index's scores are from those of some embeddings, as a share.
 
     An index knows the embeddings that it was built over: its scores of what it finds are then theirs, up to what its

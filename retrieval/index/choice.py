@@ -15,7 +15,7 @@ from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.errors import ConfigError
-from retrieval.index.backend import IndexBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.codes import library
 from retrieval.index.exact import scan
@@ -94,7 +94,7 @@ class Choice:
         table: everything that was measured, for the report.
     """
 
-    index: IndexBackend
+    index: Index
     spec: IndexSpec
     recall: float
     table: tuple[Measured, ...]
@@ -141,7 +141,7 @@ def choose_index(
         candidates = _candidates(count, vectors.shape[1])
     else:
         candidates = _promising(sample, count, tune, auto, table, report)
-    best: tuple[Measured, IndexBackend] | None = None
+    best: tuple[Measured, Index] | None = None
     too_large: list[int] = []
     for factory in candidates:
         curve, index = _curve(whole, factory, report)
@@ -227,7 +227,7 @@ def _promising(
     return names if "Flat" in names else [*names, "Flat"]
 
 
-def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measured], IndexBackend]:
+def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measured], Index]:
     """Build an index and raise its search parameters until it reaches the recall, or there is no more to raise."""
     begun = time.perf_counter()
     index = build_index(problem.vectors, IndexSpec(factory=factory))
@@ -281,7 +281,7 @@ def _settings(factory: str, depth: int, count: int) -> Iterator[tuple[dict[str, 
         yield {}, None
 
 
-def _recall(backend: IndexBackend, queries: NDArray[np.float32], thresholds: NDArray[np.float32], depth: int) -> float:
+def _recall(backend: Index, queries: NDArray[np.float32], thresholds: NDArray[np.float32], depth: int) -> float:
     """Mean share of K answers that score no worse than the true K-th best, by the items' own embeddings."""
     hits = 0
     for start in range(0, len(queries), _BATCH):
@@ -293,7 +293,7 @@ def _recall(backend: IndexBackend, queries: NDArray[np.float32], thresholds: NDA
     return hits / (len(queries) * depth)
 
 
-def _microseconds(backend: IndexBackend, queries: NDArray[np.float32], depth: int, batch: int) -> float:
+def _microseconds(backend: Index, queries: NDArray[np.float32], depth: int, batch: int) -> float:
     """Per query, in batches."""
     queries = queries[: max(batch, min(len(queries), 4 * batch)) // batch * batch]
     times = []

@@ -23,7 +23,6 @@ __all__ = [
     "Manifest",
     "check_sizes",
     "files_of",
-    "format_of",
     "is_version",
     "parse_manifest",
     "read_manifest",
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 SNAPSHOT_FORMAT = 3
-_OLDEST = 2
+_READ = (2, SNAPSHOT_FORMAT)
 MANIFEST = "manifest.json"
 
 _VERSION = re.compile(r"([0-9]{6,18})-([0-9a-f]{12})")
@@ -76,7 +75,8 @@ class Manifest(Config):
         model: fingerprint of the encoder: SHA-256 of its weights.
         dataset: fingerprint of the dataset that the encoder was trained on.
         trained_on: interval of its events; None if unknown.
-        items: N, size of vocabulary, item table and index.
+        items: N, size of vocabulary and item table.
+        expired: of these, items that the index leaves out and that are no answers any more (format 3; before: none).
         vocabulary: fingerprint of the ids in row order: `Vocabulary.fingerprint`.
         width: D of the embeddings.
         index: what was built and how it is searched.
@@ -93,6 +93,7 @@ class Manifest(Config):
     dataset: str
     trained_on: Interval | None
     items: int = Field(ge=0)
+    expired: int = Field(default=0, ge=0)
     vocabulary: _Sha256
     width: int = Field(ge=1)
     index: IndexSpec
@@ -104,11 +105,6 @@ class Manifest(Config):
 def files_of(index: IndexSpec) -> tuple[str, ...]:
     """Every file beside the manifest of a snapshot with this index."""
     return tuple(sorted(("encoder.json", "encoder.safetensors", index.file, "report.json", "vocabulary.arrow")))
-
-
-def format_of(index: IndexSpec) -> int:
-    """The oldest format that can hold this index, so that servers of earlier versions read what they can."""
-    return 2 if index.lists is None else 3
 
 
 def version_name(number: int, manifest: bytes) -> str:
@@ -154,9 +150,9 @@ def parse_manifest(content: bytes, version: str, where: str) -> Manifest:
         raise SnapshotError(
             f"{where}: format {number} is newer than the format {SNAPSHOT_FORMAT} that this version reads; upgrade it"
         )
-    if not isinstance(number, int) or isinstance(number, bool) or number < _OLDEST:
+    if number not in _READ or isinstance(number, bool):
         raise SnapshotError(
-            f"{where}: format {number!r} is not a format that this version reads, {_OLDEST} to {SNAPSHOT_FORMAT}"
+            f"{where}: format {number!r} is none of the formats {_READ[0]} and {_READ[1]} that this version reads"
         )
     try:
         manifest = Manifest.parse(values, where)
@@ -165,10 +161,6 @@ def parse_manifest(content: bytes, version: str, where: str) -> Manifest:
     names = files_of(manifest.index)
     if set(manifest.files) != set(names):
         raise SnapshotError(f"{where}: files: must be {', '.join(names)}, not {', '.join(manifest.files) or 'none'}")
-    if number != format_of(manifest.index):
-        raise SnapshotError(
-            f"{where}: index {manifest.index.factory!r} does not belong in a snapshot of format {number}"
-        )
     return manifest
 
 

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,29 +21,30 @@ from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from retrieval.encoder.inference import item_vectors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import InputError, SnapshotCorruptError
+from retrieval.errors import InputError, SnapshotCorruptError, SnapshotError
 from retrieval.files import locked, sha256_of
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import IndexBackend
+from retrieval.index.backend import Index, IndexBackend
 from retrieval.index.builder import open_index, score_error
+from retrieval.index.partial import PartialBackend
 from retrieval.index.searcher import Searcher
 from retrieval.snapshot.manifest import (
     MANIFEST,
+    SNAPSHOT_FORMAT,
     FileEntry,
     GateVerdict,
     Interval,
     Manifest,
     files_of,
-    format_of,
     read_manifest,
     verify_files,
 )
 
-__all__ = ["Snapshot", "open_snapshot", "write_snapshot"]
+__all__ = ["Snapshot", "open_snapshot", "searcher_of", "served_rows", "write_snapshot"]
 
 _VOCABULARY, _REPORT = "vocabulary.arrow", "report.json"
 
-# How far off an index's scores may be: a lossy one stays far below; one of other embeddings is off by all.
+# How far off an index's scores may be, as a share: a lossy one stays far below; one of other embeddings is off by all.
 _MOST_OFF = 0.5
 
 
@@ -57,8 +59,9 @@ class Snapshot:
         info: the encoder's configuration and action names.
         vocabulary: rows, ids and attributes of the items; `events` counts each item's events, `popularity`
             those of late (`data.popularity`).
-        searcher: the index.
-        popular: rows by falling popularity, int64 `[N]`: the answer for users without a usable history.
+        served: whether each row is an item that may be an answer, bool `[N]`; others are read in histories only.
+        searcher: the index over those.
+        popular: rows served, by falling popularity, int64: the answer for users without a usable history.
     """
 
     version: str
@@ -66,6 +69,7 @@ class Snapshot:
     encoder: UserEncoder
     info: CheckpointInfo
     vocabulary: Vocabulary
+    served: NDArray[np.bool_]
     searcher: Searcher
     popular: NDArray[np.int64]
 
@@ -76,7 +80,7 @@ def write_snapshot(
     encoder: UserEncoder,
     info: CheckpointInfo,
     vocabulary: Vocabulary,
-    index: IndexBackend,
+    index: Index,
     ann_recall: float,
     report: Mapping[str, Any],
     parent: str | None = None,
@@ -90,10 +94,9 @@ def write_snapshot(
     Raises:
         SnapshotCorruptError: encoder, vocabulary and index do not belong together.
     """
-    vectors = item_vectors(encoder)
-    _check_together(folder, vocabulary, info, (index.count, index.width))
-    off = score_error(index, vectors)
-    if not off < _MOST_OFF:
+    _check_together(folder, vocabulary, info, index.count)
+    off = score_error(index, _answers(item_vectors(encoder), vocabulary))
+    if index.width != info.encoder.width or not off < _MOST_OFF:
         raise SnapshotCorruptError(
             f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
         )
@@ -104,7 +107,7 @@ def write_snapshot(
     paths = [folder / name for name in files_of(index.spec)]
     files = {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
     manifest = Manifest(
-        format=format_of(index.spec),
+        format=SNAPSHOT_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
         parent=parent,
@@ -112,6 +115,7 @@ def write_snapshot(
         dataset=info.dataset,
         trained_on=trained_on,
         items=len(vocabulary),
+        expired=len(vocabulary) - int(served_rows(vocabulary).sum()),
         vocabulary=vocabulary.fingerprint,
         width=info.encoder.width,
         index=index.spec,
@@ -139,41 +143,97 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         SnapshotCorruptError: a file is missing, foreign or damaged, or the parts do not belong together.
     """
     manifest = read_manifest(folder)
-    # Keeps the folder from being pruned while it is read.
-    with locked(folder / MANIFEST, shared=True):
+    with _kept(folder):
         verify_files(folder, manifest)
         try:
             encoder, info = load_checkpoint(folder, device)
             vocabulary = Vocabulary.load(folder / _VOCABULARY)
-            promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
-            if (len(vocabulary), info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
+            served = served_rows(vocabulary)
+            _check_together(folder, vocabulary, info, int(served.sum()))
+            promised = (manifest.items, manifest.expired, manifest.width, manifest.model, manifest.vocabulary)
+            expired = len(vocabulary) - int(served.sum())
+            if (len(vocabulary), expired, info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
                 raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
-            _check_together(folder, vocabulary, info, (manifest.items, manifest.width))
-            index = open_index(folder / manifest.index.file, manifest.index, item_vectors(encoder))
+            vectors = item_vectors(encoder)
+            index = open_index(folder / manifest.index.file, manifest.index, _answers(vectors, vocabulary))
         except InputError as error:
             # Of whoever wrote it; here it is not the user's.
             raise SnapshotCorruptError(str(error)) from None
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
+    order = np.lexsort((vocabulary.rank_by_id, -events, -popularity))
     return Snapshot(
         version=folder.name,
         manifest=manifest,
         encoder=encoder,
         info=info,
         vocabulary=vocabulary,
-        searcher=Searcher(index, vocabulary.rank_by_id, attributes=attributes),
-        popular=np.lexsort((vocabulary.rank_by_id, -events, -popularity)),
+        served=served,
+        searcher=searcher_of(index, vectors, vocabulary, attributes),
+        popular=order[served[order]],
     )
 
 
-def _check_together(folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, index: tuple[int, int]) -> None:
-    """Refuse parts of different snapshots, as far as sizes tell; `index`: its items and their width.
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Keep a version from being pruned while it is read.
+
+    Raises:
+        SnapshotError: it was, just before.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / MANIFEST, shared=True))
+        except FileNotFoundError:
+            raise SnapshotError(f"{folder}: was removed as it was about to be read") from None
+        # Who prunes holds the lock for itself as it takes the folder away: it may be gone by the time we have it.
+        if not (folder / MANIFEST).exists():
+            raise SnapshotError(f"{folder}: was removed as it was about to be read")
+        yield
+
+
+def served_rows(vocabulary: Vocabulary) -> NDArray[np.bool_]:
+    """Which items of a snapshot's vocabulary may be answers, bool `[N]`: all that are not marked as expired."""
+    expired = vocabulary.attributes.get("expired")
+    if expired is None:
+        return np.ones(len(vocabulary), bool)
+    return ~expired.to_numpy(zero_copy_only=False)
+
+
+def searcher_of(
+    index: IndexBackend,
+    vectors: NDArray[np.float32],
+    vocabulary: Vocabulary,
+    attributes: Attributes | None = None,
+) -> Searcher:
+    """A searcher over the items that a vocabulary serves.
+
+    Args:
+        index: over these, in the order of their rows.
+        vectors: embeddings of all items, `[N, D]`.
+        vocabulary: says which are served.
+        attributes: of all items; None refuses filters.
+    """
+    served = served_rows(vocabulary)
+    backend = index if served.all() else PartialBackend(index, vectors, np.flatnonzero(served))
+    return Searcher(backend, vocabulary.rank_by_id, attributes=attributes, retired=np.flatnonzero(~served))
+
+
+def _answers(vectors: NDArray[np.float32], vocabulary: Vocabulary) -> NDArray[np.float32]:
+    """Embeddings of the items that are served."""
+    served = served_rows(vocabulary)
+    return vectors if served.all() else vectors[served]
+
+
+def _check_together(folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, indexed: int) -> None:
+    """Refuse parts of different snapshots, as far as numbers of items tell.
 
     Raises:
         SnapshotCorruptError: the parts do not belong together.
     """
-    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index[0]}
-    if len(set(sizes.values())) > 1 or info.encoder.width != index[1]:
+    retired = len(vocabulary) - int(served_rows(vocabulary).sum())
+    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": indexed + retired}
+    if len(set(sizes.values())) > 1:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
     for name in ("events", "popularity"):
         if name not in vocabulary.attributes:

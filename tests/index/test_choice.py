@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError, InputError
 from retrieval.index import choice
-from retrieval.index.backend import IndexBackend
+from retrieval.index.backend import Index
 from retrieval.index.choice import AutoIndex, Measured, choose_index
 from retrieval.index.spec import IndexSpec
 
@@ -37,7 +37,7 @@ def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Times by factory string's beginning, in place of a clock; what is not named is slow."""
     times: dict[str, float] = {}
 
-    def microseconds(backend: IndexBackend, queries: object, depth: int, batch: int) -> float:
+    def microseconds(backend: Index, queries: object, depth: int, batch: int) -> float:
         return next((time for start, time in times.items() if backend.spec.factory.startswith(start)), 1e6)
 
     monkeypatch.setattr(choice, "_microseconds", microseconds)
@@ -78,7 +78,7 @@ def test_candidates_are_judged_on_samples_and_the_promising_built_on_all(
     vectors, queries = clustered(9000, 60)
     times = {1000: {"Flat": 1.0, "IVF": 4.0, "HNSW": 5.0}, 4000: {"Flat": 4.0, "IVF": 4.5, "HNSW": 6.0}}
 
-    def microseconds(backend: IndexBackend, queries: object, depth: int, batch: int) -> float:
+    def microseconds(backend: Index, queries: object, depth: int, batch: int) -> float:
         # Flat is fastest on both samples, but its time grows with the items.
         if backend.count == 9000:
             return {"Flat": 9.0, "IVF": 5.0, "HNSW": 7.0}[backend.spec.factory.split(",")[0].rstrip("0123456789")]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from retrieval.errors import FilterError, InputError
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import IndexBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.filter import Compare, Filter, In, Missing, filter_from
 from retrieval.index.planner import Costs
@@ -44,7 +44,7 @@ def unit(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
     return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
 
 
-def backend_over(vectors: NDArray[np.float32], spec: IndexSpec) -> IndexBackend:
+def backend_over(vectors: NDArray[np.float32], spec: IndexSpec) -> Index:
     return build_index(vectors, spec)
 
 

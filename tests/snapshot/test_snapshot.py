@@ -67,21 +67,13 @@ def test_an_index_of_another_night_is_refused_even_where_the_checksums_were_made
         open_snapshot(rewrite_manifest(second, files=files))
 
 
-def test_an_index_of_codes_is_written_in_a_format_of_its_own(registry: Registry) -> None:
-    spec = IndexSpec(factory="IVF3,Int8", search={"nprobe": 3})
-    version = publish(registry, spec=spec)
-    manifest = registry.manifest(version)
-    assert manifest.format == 3
-    assert "index.safetensors" in manifest.files
+def test_an_index_of_lists_has_a_file_of_its_own(registry: Registry) -> None:
+    version = publish(registry, expired=[2], spec=IndexSpec(factory="IVF3,Int8", search={"nprobe": 3}))
+    assert "index.safetensors" in registry.manifest(version).files
     snapshot = open_snapshot(registry.folder(version))
     vectors = item_vectors(snapshot.encoder)
-    assert snapshot.searcher.search(vectors, [1] * ITEMS).rows[:, 0].tolist() == list(range(ITEMS))
-    with pytest.raises(SnapshotError, match=r"index 'IVF3,Int8' does not belong in a snapshot of format 2"):
-        open_snapshot(rewrite_manifest(registry.folder(version), format=2))
-
-
-def test_what_an_earlier_version_can_read_is_written_for_it(registry: Registry) -> None:
-    assert registry.manifest(registry.current()).format == 2
+    found = snapshot.searcher.search(vectors, [1] * ITEMS).rows[:, 0].tolist()
+    assert [row for row in range(ITEMS) if found[row] != row] == [2]
 
 
 FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow", MANIFEST)
@@ -114,6 +106,24 @@ def test_truncation_trailing_bytes_holes_and_absence_are_refused(registry: Regis
             open_snapshot(folder)
     (folder / name).unlink()
     with pytest.raises(SnapshotError, match=name):
+        open_snapshot(folder)
+
+
+def test_expired_items_are_in_no_answer_and_still_in_the_encoder(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    snapshot = open_snapshot(registry.folder(publish(registry, expired=[0, 5])))
+    assert (snapshot.manifest.items, snapshot.manifest.expired) == (ITEMS, 2)
+    assert np.flatnonzero(~snapshot.served).tolist() == [0, 5]
+    found = snapshot.searcher.search(item_vectors(snapshot.encoder), [ITEMS] * ITEMS).rows
+    others = [row for row in range(ITEMS) if row not in (0, 5)]
+    assert all(sorted(rows[rows >= 0].tolist()) == others for rows in found)
+    assert sorted(snapshot.popular.tolist()) == others
+    assert snapshot.vocabulary.rows_of(["item-5"]).tolist() == [5]
+
+
+def test_a_manifest_that_counts_other_expired_items_is_refused(registry: Registry) -> None:
+    folder = rewrite_manifest(registry.folder(registry.current()), expired=1)
+    with pytest.raises(SnapshotCorruptError, match="are not those of the manifest"):
         open_snapshot(folder)
 
 
@@ -154,8 +164,8 @@ def rewrite_manifest(folder: Path, **changes: object) -> Path:
     ("changes", "sentence"),
     [
         ({"format": 4}, "format 4 is newer than the format 3 that this version reads; upgrade it"),
-        ({"format": 1}, "format 1 is not a format that this version reads, 2 to 3"),
-        ({"format": None}, "format None is not a format"),
+        ({"format": 1}, "format 1 is none of the formats 2 and 3"),
+        ({"format": None}, "format None is none of the formats 2 and 3"),
         ({"items": 13}, "are not those of the manifest"),
         ({"width": 9}, "are not those of the manifest"),
         ({"model": "0" * 64}, "are not those of the manifest"),
