@@ -8,7 +8,9 @@ from retrieval.native import compiled
 
 __all__ = ["library"]
 
-_SOURCES = tuple(Path(__file__).parent / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention"))
+_SOURCES = tuple(
+    Path(__file__).parent / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention", "softmax_loss")
+)
 
 
 @cache

@@ -35,9 +35,7 @@ def test_retired_rows_are_never_answers_and_all_others_are_found(plan: Plan, spe
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng, N), unit(rng, 5)
     served, group = rng.random(N) < 0.6, rng.integers(0, 2, N)
-    backend = PartialBackend(
-        build_index(vectors[served], spec), vectors, np.flatnonzero(served)
-    )
+    backend = PartialBackend(build_index(vectors[served], spec), vectors, np.flatnonzero(served))
     attributes = Attributes({"group": pa.array(group)}, N)
     retired = np.flatnonzero(~served)
     searcher = Searcher(backend, np.arange(N), attributes=attributes, retired=retired, costs=COSTS[plan])
