@@ -36,6 +36,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python protos/check.py
 
 types: setup
 	$(BIN)/mypy
@@ -51,7 +52,8 @@ gpu-check: $(if $(GPU_PYTHON),,setup)
 gpu-tune: $(if $(GPU_PYTHON),,setup)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.tune_kernels $(ARGS)
 
-# The gRPC stubs are committed; a test compares them with what the proto gives.
+# The gRPC stubs are committed; a test compares them with what the proto gives. `make lint` compares the proto with the
+# interface that was released, protos/v1.binpb.
 stubs: setup
 	$(BIN)/python protos/generate.py
 
