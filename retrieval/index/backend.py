@@ -14,7 +14,7 @@ from retrieval.index.exact import prefer_products
 from retrieval.index.spec import IndexSpec
 from retrieval.types import SearchResult
 
-__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason"]
+__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason", "write_faiss"]
 
 # Its stubs know neither the keyword arguments of search parameters nor selectors made from arrays.
 _FAISS: Any = faiss
@@ -84,7 +84,11 @@ class Index(IndexBackend, Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Write the index's file, `spec.file` of a snapshot."""
+        """Write the index's file, `spec.file` of a snapshot.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         ...
 
 
@@ -140,7 +144,7 @@ class FaissBackend:
 
     def save(self, path: Path) -> None:
         """As the protocol says."""
-        faiss.write_index(self._index, str(path))
+        write_faiss(self._index, path)
 
     def search(
         self,
@@ -194,6 +198,18 @@ def _parameters(index: faiss.Index, selector: faiss.IDSelector | None, effort: f
 def faiss_reason(error: RuntimeError) -> str:
     """A Faiss error without the C++ function and file before it, which say nothing to a user."""
     return re.sub(r"^.* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
+
+
+def write_faiss(index: faiss.Index, path: Path) -> None:
+    """Write a Faiss index.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({faiss_reason(error)})") from None
 
 
 class _Counter:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError
+from retrieval.index.backend import write_faiss
 from retrieval.index.codes import Codes, library
 from retrieval.index.exact import scan
 from retrieval.index.lists import Lists, save_lists
@@ -84,7 +85,7 @@ class CodesBackend:
             return
         index = faiss.IndexFlatIP(self.width)
         index.add(self.vectors)
-        faiss.write_index(index, str(path))
+        write_faiss(index, path)
 
     def search(
         self,
