@@ -71,7 +71,7 @@ class Admin:
             created=manifest.created,
             parent=manifest.parent or "",
             dataset=manifest.dataset,
-            items=manifest.items,
+            items=manifest.items - manifest.expired,
             index=str(manifest.index),
             ann_recall=manifest.ann_recall,
         )

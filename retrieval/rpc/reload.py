@@ -160,7 +160,7 @@ class Reloader:
         self._live, self._failed_version, self._last_complaint = loaded, None, ""
         if not changed:
             return
-        _log.info("serving snapshot %s (%d items)", loaded.version, loaded.snapshot.manifest.items)
+        _log.info("serving snapshot %s (%d items)", loaded.version, int(loaded.snapshot.served.sum()))
         if self._on_change is not None:
             await self._on_change(loaded)
 

@@ -134,7 +134,7 @@ class ServingSnapshot:
             snapshot_version=self.version,
             created=manifest.created,
             dataset=manifest.dataset,
-            items=manifest.items,
+            items=manifest.items - manifest.expired,
             string_ids=self.string_ids,
             width=manifest.width,
             max_length=self.max_length,
