@@ -25,7 +25,7 @@ def test_ranks_by_popularity_are_those_of_scoring_every_item_for_everybody(tmp_p
 
 
 def test_so_many_users_are_asked_that_scoring_the_catalogue_stays_bounded(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path / "d", [[(0, 1, 1), (1, 1, 9)]] * 3000, range(2))
+    dataset = write_dataset(tmp_path / "d", [[(0, 1, 1), (0, 1, 2), (1, 1, 9)]] * 3000, range(2))
     queries = split_dataset(dataset, SplitInfo(protocol="global-time", time=5)).test
     for most, items, expected in ((20_000, 2, 3000), (50, 2, 50), (20_000, 4_000_000, 2500), (20_000, 10**9, 1000)):
         asked = asked_of(queries, GateConfig(max_queries=most), items)
