@@ -19,7 +19,8 @@ from pathlib import Path
 __all__ = ["library"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention"))
+_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention", "hstu_last"))
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("hstu_attention_native", "native_threads", "native_vectors"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def library() -> ctypes.CDLL | None:
 def _compiled(compiler: str) -> Path:
     """Path of the library, built if the cache has none for this source, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    texts = [file.read_text("utf-8") for file in (*_SOURCES, _FOLDER / "native_threads.h")]
+    texts = [file.read_text("utf-8") for file in (*_SOURCES, *_HEADERS)]
     key = hashlib.sha256("\n".join([*texts, *_FLAGS, version, _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval"
     try:
