@@ -38,8 +38,8 @@ class HSTUEncoder(UserEncoder):
     def last(self, batch: JaggedTensors) -> Tensor:
         """User embeddings of unit length after each row's last token, `[B, D]`: what serving asks for.
 
-        Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. Rows must not be
-        empty. Evaluation mode and no gradient.
+        Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. On a CPU with the
+        compiled kernels all layers are one call. Rows must not be empty. Evaluation mode and no gradient.
         """
         if self.config.layout == "interleaved":
             batch, _ = batch.interleaved()

@@ -6,8 +6,8 @@
 with the attention of `hstu_attention`, causal and without window. The last layer needs keys and values of all tokens,
 but the query, gate and output of one. Source: arXiv 2402.17152, equations 1–3.
 
-On a CPU the layers of one row follow each other in the cache; that takes less than half the time of one operation after
-the other on a whole batch, and no time between them. There is no fused way on a GPU, nor for other types than float32.
+On a CPU the layers of one row follow each other in the cache; that takes half the time of one operation after the
+other on a whole batch, and a third for a single row. There is no fused way on a GPU, nor for other types than float32.
 
 Legend: B rows, T tokens in the batch, D width, H heads, Q query/key width, V value width.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retrieval.kernels import hstu_last_native as native
-from retrieval.kernels.hstu_last_reference import LayerWeights, hstu_last_reference
+from retrieval.kernels.hstu_last_reference import LayerWeights
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS
 
 __all__ = ["LayerWeights", "fits", "hstu_last"]

@@ -44,8 +44,10 @@ class Panels {
   template <class At>
   Panels(int64_t steps, int64_t columns, At at) : steps_(steps), columns_(columns) {
     values_.assign((columns + PANEL - 1) / PANEL * PANEL * steps, 0.0f);
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t t = 0; t < steps; ++t) values_[(c / PANEL * steps + t) * PANEL + c % PANEL] = at(t, c);
+    float* to = values_.data();
+    for (int64_t x = 0; x < columns; x += PANEL)
+      for (int64_t t = 0; t < steps; ++t, to += PANEL)
+        for (int64_t c = x; c < std::min(x + PANEL, columns); ++c) to[c - x] = at(t, c);
   }
 
   int64_t wide() const { return round_up(columns_); }

@@ -52,7 +52,9 @@ def hstu_last_native(
     edges = bucket_edges(torch.device("cpu"))
     inputs = [x.contiguous() for x in (x_TD, *where)]
     weights = [[None if x is None else x.detach().contiguous() for x in layer] for layer in layers]
-    pointers = (_Layer * len(weights))(*(_Layer(*(None if x is None else x.data_ptr() for x in layer)) for layer in weights))
+    pointers = (_Layer * len(weights))(
+        *(_Layer(*(None if x is None else x.data_ptr() for x in layer)) for layer in weights)
+    )
     x, offsets, times, query_times = (tensor.data_ptr() for tensor in inputs)
     stack = _Stack(
         rows=len(where[0]) - 1,

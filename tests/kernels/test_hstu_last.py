@@ -17,7 +17,9 @@ LENGTHS = [65, 1, 16, 130, 17, 2]
 class Problem:
     """Random tokens and weights in float64."""
 
-    def __init__(self, lengths: list[int], *, layers: int = 2, width: int = 10, heads: int = 2, qk: int = 5, v: int = 7):
+    def __init__(
+        self, lengths: list[int], *, layers: int = 2, width: int = 10, heads: int = 2, qk: int = 5, v: int = 7
+    ):
         g = torch.Generator().manual_seed(len(lengths) + 10 * layers)
 
         def normal(*shape: int) -> Tensor:
@@ -50,7 +52,9 @@ class Problem:
     def check(self) -> None:
         if not fits(self.x.float()):
             pytest.skip("no C++ compiler")
-        assert_close(self.fused(), hstu_last_reference(self.x, self.layers, self.where, **self.options), "hstu_last", "forward")
+        assert_close(
+            self.fused(), hstu_last_reference(self.x, self.layers, self.where, **self.options), "hstu_last", "forward"
+        )
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
@@ -58,7 +62,9 @@ def test_it_equals_the_reference_at_each_rows_last_token(layers: int) -> None:
     Problem(LENGTHS, layers=layers).check()
 
 
-@pytest.mark.parametrize(("width", "heads", "qk", "v"), [(50, 1, 50, 50), (1, 1, 1, 1), (67, 3, 16, 33), (16, 4, 32, 3)])
+@pytest.mark.parametrize(
+    ("width", "heads", "qk", "v"), [(50, 1, 50, 50), (1, 1, 1, 1), (67, 3, 16, 33), (16, 4, 32, 3)]
+)
 def test_widths_below_at_and_beyond_a_vector(width: int, heads: int, qk: int, v: int) -> None:
     Problem(LENGTHS, width=width, heads=heads, qk=qk, v=v).check()
 
@@ -102,7 +108,7 @@ def test_a_row_depends_neither_on_its_batch_mates_nor_on_the_number_of_threads()
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*answers)
-    offsets, timestamps, asked = problem.where
+    _, timestamps, asked = problem.where
     problem.x, problem.where = problem.x[703:], (torch.tensor([0, 600]), timestamps[703:], asked[703:])
     assert torch.equal(problem.fused()[0], answers[0][2])
 
