@@ -44,7 +44,8 @@ class Problem:
         self.where = torch.tensor([0, *lengths]).cumsum(0), timestamps, asked
 
     def layers_as(self, dtype: torch.dtype) -> list[LayerWeights]:
-        return [LayerWeights(*(None if x is None else x.to(dtype) for x in layer)) for layer in self.layers]
+        cast: Any = [[None if x is None else x.to(dtype) for x in layer] for layer in self.layers]
+        return [LayerWeights(*layer) for layer in cast]
 
     def fused(self) -> Tensor:
         return hstu_last(self.x.float(), self.layers_as(torch.float32), self.where, **self.options)
@@ -78,7 +79,8 @@ def test_sums_may_be_divided_by_the_number_of_visible_keys() -> None:
 @pytest.mark.parametrize("without", ["pos_table", "time_table"])
 def test_a_bias_may_be_missing(without: str) -> None:
     problem = Problem(LENGTHS)
-    problem.layers = [layer._replace(**{without: None}) for layer in problem.layers]
+    absent: dict[str, Any] = {without: None}
+    problem.layers = [layer._replace(**absent) for layer in problem.layers]
     problem.check()
 
 
