@@ -19,7 +19,8 @@ from pathlib import Path
 __all__ = ["library"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention", "hstu_last"))
+_NAMES = ("gated_norm", "hstu_attention", "hstu_last", "softmax_loss")
+_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in _NAMES)
 _HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("hstu_attention_native", "native_threads", "native_vectors"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
