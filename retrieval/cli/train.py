@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "encoder_config", "train_with_progress"]
 
-_SHAPE = ("layout", "max_length")
+_SHAPE = ("layout", "max_length", "read_length", "read")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
