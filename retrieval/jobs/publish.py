@@ -205,6 +205,7 @@ def publish_candidate(
         parent = registry.current()
     except NoSnapshotError:
         parent = None
+    report = {**report, "tables": candidate.info.training.get("tables", {})}
     if candidate.choice:
         report = {**report, "index_choice": [measured.model_dump(mode="json") for measured in candidate.choice]}
 
