@@ -24,7 +24,9 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-
 _log = logging.getLogger(__name__)
 
 
-def compiled(name: str, sources: Sequence[Path], without: str, flags: Sequence[str] = ()) -> ctypes.CDLL | None:
+def compiled(
+    name: str, sources: Sequence[Path], without: str, flags: Sequence[str] = (), headers: Sequence[Path] = ()
+) -> ctypes.CDLL | None:
     """A library of C++ sources; None where it cannot be had, or is not wanted (RETRIEVAL_NATIVE=0).
 
     Args:
@@ -32,6 +34,7 @@ def compiled(name: str, sources: Sequence[Path], without: str, flags: Sequence[s
         sources: its sources, which may include `native_threads.h`.
         without: what it means to do without it, for the log.
         flags: of the compiler, after the usual ones.
+        headers: that the sources include beside that one.
     """
     if os.environ.get("RETRIEVAL_NATIVE", "1") == "0":
         return None
@@ -40,7 +43,7 @@ def compiled(name: str, sources: Sequence[Path], without: str, flags: Sequence[s
         _log.warning("no C++ compiler: %s", without)
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, name, sources, flags)))
+        return ctypes.CDLL(str(_built(compiler, name, sources, flags, headers)))
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or [str(error)])[0]
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -49,10 +52,10 @@ def compiled(name: str, sources: Sequence[Path], without: str, flags: Sequence[s
     return None
 
 
-def _built(compiler: str, name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+def _built(compiler: str, name: str, sources: Sequence[Path], flags: Sequence[str], headers: Sequence[Path]) -> Path:
     """Path of the library, built if the cache has none for these sources, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    texts = [file.read_text("utf-8") for file in (*sources, *_HEADERS)]
+    texts = [file.read_text("utf-8") for file in (*sources, *headers, *_HEADERS)]
     key = hashlib.sha256("\n".join([*texts, *_FLAGS, *flags, version, _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval"
     try:
