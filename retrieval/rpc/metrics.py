@@ -58,6 +58,11 @@ class Metrics:
         self.waiting = Gauge("retrieval_waiting_calls", "Calls that wait for the worker.", registry=self.registry)
         self.in_hand = Gauge("retrieval_calls_in_hand", "Calls admitted and not yet answered.", registry=self.registry)
         self._snapshot = Gauge("retrieval_snapshot", "1 for the live snapshot.", ["version"], registry=self.registry)
+        loads = Counter(
+            "retrieval_snapshot_loads", "Snapshots that took over, and those that could not be loaded.", ["result"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._loaded, self._refused = loads.labels("loaded"), loads.labels("refused")
         self._created = math.nan
         age = Gauge("retrieval_snapshot_age_seconds", "Since the live snapshot was written.", registry=self.registry)
         age.set_function(lambda: time.time() - self._created)
@@ -98,6 +103,11 @@ class Metrics:
 
     def snapshot(self, version: str, created: str) -> None:
         """Another snapshot is live; `created` is ISO 8601, UTC."""
+        self._loaded.inc()
         self._created = datetime.fromisoformat(created).timestamp()
         self._snapshot.clear()
         self._snapshot.labels(version).set(1)
+
+    def snapshot_refused(self) -> None:
+        """A snapshot could not be loaded."""
+        self._refused.inc()

@@ -166,6 +166,7 @@ class Server:
             device=config.device,
             poll_seconds=config.poll_seconds,
             on_change=self._announce,
+            on_refusal=self._metrics.snapshot_refused,
             # Loading may take its time; the calls beside it may not.
             prepare_thread=partial(_limit_threads, 1),
         )
