@@ -4,9 +4,10 @@ Snapshots have an untrained encoder, seeded, so that each version's answers are 
 itself, embeds with the reference kernels, scores every item and leaves out what was excluded.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +25,14 @@ from retrieval.index.builder import build_index
 from retrieval.index.filter import filter_from
 from retrieval.index.spec import IndexSpec
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
-from retrieval.rpc.client import Embedding, History
+from retrieval.rpc.client import Embedding, History, StoredUser
 from retrieval.rpc.convert import retrieve_request_to, retrieved_from
 from retrieval.rpc.requests import Retrieved, RetrieveRequest, Source
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot, write_snapshot
 from retrieval.types import EventColumns
 
-__all__ = ["ACTIONS", "K", "METHOD", "NOW", "WIDTH", "Oracle", "ids_of", "make_requests", "snapshot_writer"]
+__all__ = ["ACTIONS", "METHOD", "NOW", "WIDTH", "K", "Oracle", "ids_of", "make_requests", "snapshot_writer"]
 
 METHOD = "/retrieval.v1.RetrievalService/Retrieve"
 K, WIDTH = 20, 32
@@ -120,14 +121,22 @@ class Oracle:
 
     Args:
         registry: where versions are.
-        requests: as `make_requests` makes them.
+        requests: as `make_requests` makes them; also ones of stored users.
+        stored: the histories of these.
 
     Attributes:
         messages: the requests on the wire.
     """
 
-    def __init__(self, registry: Registry, requests: Sequence[RetrieveRequest]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        requests: Sequence[RetrieveRequest],
+        stored: Mapping[int | str, History] = MappingProxyType({}),
+    ) -> None:
         self._registry, self._requests = registry, requests
+        users = [stored[one.user.id] if isinstance(one.user, StoredUser) else one.user for one in requests]
+        self._resolved = [replace(one, user=user) for one, user in zip(requests, users, strict=True)]
         self.messages = [retrieve_request_to(request).SerializeToString() for request in requests]
         self._known: dict[str, list[_Expected]] = {}
 
@@ -141,7 +150,7 @@ class Oracle:
         if version not in self._known:
             snapshot = open_snapshot(self._registry.folder(version))
             vectors = item_vectors(snapshot.encoder)
-            self._known[version] = [_expected(snapshot, vectors, request) for request in self._requests]
+            self._known[version] = [_expected(snapshot, vectors, request) for request in self._resolved]
 
     def check(self, number: int, content: bytes) -> Retrieved:
         """Compare the answer to the request of this number with what the version that it names answers.

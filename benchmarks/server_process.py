@@ -75,7 +75,7 @@ class ServerProcess:
         return Path(f"/proc/{self.pid}/{name}")
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill -9."""
         self._process.kill()
         self._process.wait()
 

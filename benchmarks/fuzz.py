@@ -1,0 +1,324 @@
+"""A hundred thousand malformed and hostile requests, and rubbish below gRPC: refused, while others are served right.
+
+    python -m benchmarks.fuzz [--requests 100000] [--connections 2000] [--seed 0] [--note TEXT]
+
+Every method gets messages that hypothesis makes from its descriptor, good messages with fields and bytes spoilt, plain
+noise, and a few monsters. Then come plain sockets: bad prefaces, frames and headers, floods, connections that stop half
+way, readers that take nothing, storms of cancelled calls. Throughout, honest callers ask for what an oracle knows,
+among it the histories of stored users whose names, events and actions no other answer may ever show.
+
+There is a row only if no call ended with a code that is the server's fault, the oracle found nothing, nothing of the
+stored users was seen, and in the end no slot, connection or file handle was still taken.
+"""
+
+import argparse
+import asyncio
+import itertools
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from benchmarks import hostile, http2
+from benchmarks.callers import Heard, calling
+from benchmarks.fault_world import METHOD, NOW, WIDTH, Oracle, ids_of, make_requests, snapshot_writer
+from benchmarks.harness import WrongAnswerError, append_rows, environment
+from benchmarks.server_process import Series, ServerProcess, serving_process
+from benchmarks.swaps import judge
+from retrieval.histories.event import Event
+from retrieval.histories.recorded import open_histories
+from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.client import History, StoredUser
+from retrieval.rpc.convert import retrieve_request_to
+from retrieval.rpc.requests import RetrieveRequest
+from retrieval.snapshot.registry import Registry
+
+_RESULTS = Path(__file__).parent / "results"
+_ITEMS, _REQUESTS, _SECRET_USERS, _CHUNK, _AT_ONCE = 5_000, 24, 8, 2_000, 64
+_SECRET = "canary"
+_SERVICE = pb.DESCRIPTOR.services_by_name["RetrievalService"]
+# What a caller's mistakes may end with; also what is too large or too much.
+_THE_CALLERS = frozenset(
+    ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
+)
+_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+def _kind_of(method: str) -> type[Message]:
+    kind: type[Message] = GetMessageClass(_SERVICE.methods_by_name[method].input_type)
+    return kind
+
+
+def _good(ids: Sequence[int]) -> dict[str, list[Message]]:
+    """By method, what an honest caller sends."""
+    retrieves = [retrieve_request_to(one) for one in make_requests(ids_of(_ITEMS), 12, seed=3)]
+    for message in retrieves:
+        del message.exclude.integers.values[50:]
+    history = next(one.history for one in retrieves if one.history.timestamps)
+    filter_ = {"all": {"filters": [{"compare": {"attribute": "events", "operator": 4, "value": {"integer": 100}}}]}}
+    stored = {"stored_user": {"integer": 5}, "fresh_events": history, "filter": filter_, "include_titles": True, "k": 9}
+    users = [{"history": history}, {"stored_user": {"string": "5"}, "fresh_events": history}]
+    events = [
+        {
+            "user_id": {"integer": user},
+            "item_id": {"integer": item},
+            "action": "like",
+            "timestamp": NOW,
+            "event_id": "e",
+        }
+        for user, item in zip(range(5), ids, strict=False)
+    ]
+    good: dict[str, list[Message]] = {
+        "Retrieve": [*retrieves, pb.RetrieveRequest(**stored)],
+        "EmbedUsers": [pb.EmbedUsersRequest(users=users, request_time=NOW)],
+        "RecordEvents": [pb.RecordEventsRequest(events=events)],
+    }
+    return good | {name: [_kind_of(name)()] for name in _SERVICE.methods_by_name if name not in good}
+
+
+def hostile_requests(count: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
+    """Kind, method and message, about so many; a tenth of them by hypothesis."""
+    chance, ids = random.Random(seed), ids_of(_ITEMS)[:20].tolist()
+    good = _good(ids)
+    yield from (("monster", method, message) for method, message in hostile.monsters(ids, WIDTH))
+    names = [name for name in good for _ in range(1 if _kind_of(name).DESCRIPTOR.fields == [] else 4)]
+    for begun in range(0, count, _CHUNK):
+        name = names[begun // _CHUNK % len(names)]
+        for message in hostile.structured(_kind_of(name), ids, _CHUNK // 10, seed + begun):
+            yield "structured", name, message
+        for name in names:
+            for message in hostile.spoilt(good[name], ids, _CHUNK * 8 // 10 // len(names), chance.getrandbits(64)):
+                # Now and then where it does not belong.
+                yield "spoilt", name if chance.random() < 0.95 else chance.choice(names), message
+        for _ in range(_CHUNK // 10):
+            yield "noise", chance.choice(names), chance.randbytes(int(chance.expovariate(1 / 40)))
+
+
+class Judge:
+    """Sends what is hostile, and says what is wrong with the answer."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._methods = {
+            name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _SERVICE.methods_by_name
+        }
+        self.codes: Counter[tuple[str, str, str]] = Counter()
+
+    async def send(self, kind: str, method: str, message: bytes) -> None:
+        """One request.
+
+        Raises:
+            WrongAnswerError: the server is at fault.
+        """
+        code, told, content = "OK", "", b""
+        try:
+            content = await self._methods[method](message, timeout=60)
+        except grpc.aio.AioRpcError as error:
+            code = error.code().name
+            told = f"{error.details()} {error.trailing_metadata()} {error.initial_metadata()}"
+        self.codes[kind, method, code] += 1
+        if code not in _THE_CALLERS:
+            raise WrongAnswerError(f"{method} ended with {code} ({told}) for {message[:2000]!r}")
+        if _SECRET in told or _SECRET.encode() in content:
+            raise WrongAnswerError(f"{method} shows what is another's: {told} {content[:500]!r} for {message[:2000]!r}")
+        if code == "OK":
+            _check_shape(method, message, content)
+
+
+def _check_shape(method: str, message: bytes, content: bytes) -> None:
+    """An answer to whatever it is must still be one.
+
+    Raises:
+        WrongAnswerError: it is not.
+    """
+    if method == "Retrieve":
+        request, answer = pb.RetrieveRequest.FromString(message), pb.RetrieveResponse.FromString(content)
+        items = answer.items.integers.values
+        excluded = set(request.exclude.integers.values)
+        right = (
+            len(items) == len(answer.scores) == len(set(items)) == request.k - answer.shortfall
+            and all(-1.001 <= score <= 1.001 for score in answer.scores)
+            and not excluded.intersection(items)
+            and list(answer.scores) == sorted(answer.scores, reverse=True)
+        )
+    elif method == "EmbedUsers":
+        users = len(pb.EmbedUsersRequest.FromString(message).users)
+        embedded = pb.EmbedUsersResponse.FromString(content)
+        norms = [
+            sum(value * value for value in embedded.values[at : at + WIDTH])
+            for at in range(0, len(embedded.values), WIDTH)
+        ]
+        right = len(norms) == users and all(norm == 0 or abs(norm - 1) < 1e-4 for norm in norms)
+    else:
+        right = True
+    if not right:
+        raise WrongAnswerError(f"{method} answered {content[:2000]!r} to {message[:2000]!r}")
+
+
+async def _send_all(address: str, requests: Iterator[tuple[str, str, bytes]]) -> Counter[tuple[str, str, str]]:
+    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+        judge_ = Judge(channel)
+
+        async def worker() -> None:
+            for kind, method, message in requests:
+                await judge_.send(kind, method, message)
+
+        await asyncio.gather(*(worker() for _ in range(_AT_ONCE)))
+        return judge_.codes
+
+
+async def _cancel_storm(address: str, message: bytes, calls: int, seed: int) -> Counter[str]:
+    """Calls that are given up after 0 to 5 ms."""
+    chance, ended = random.Random(seed), Counter[str]()
+    async with grpc.aio.insecure_channel(address) as channel:
+        ask = channel.unary_unary(METHOD)
+
+        async def one() -> None:
+            call = ask(message, timeout=30)
+            await asyncio.sleep(chance.uniform(0, 0.005))
+            call.cancel()
+            try:
+                await call
+                ended["OK"] += 1
+            except asyncio.CancelledError:
+                ended["cancelled"] += 1
+            except grpc.aio.AioRpcError as error:
+                ended[error.code().name] += 1
+
+        for begun in range(0, calls, 200):
+            await asyncio.gather(*(one() for _ in range(min(200, calls - begun))))
+    return ended
+
+
+def below_grpc(server: ServerProcess, messages: Sequence[bytes], connections: int, seed: int) -> None:
+    """Rubbish on plain sockets; afterwards nothing of it is left.
+
+    Raises:
+        WrongAnswerError: a slot or a handle stayed taken.
+    """
+    before = server.resources().handles
+    chance = random.Random(seed)
+    for number in range(connections):
+        name = list(http2.ATTACKS)[number % len(http2.ATTACKS)]
+        http2.attack(server.address, http2.ATTACKS[name](chance, METHOD, chance.choice(messages)))
+        if number % 200 == 0:
+            server.check_log()
+    print(f"{connections} attacks on sockets: {server.resources()}", flush=True)
+    large = pb.RetrieveRequest(embedding={"values": [1.0] * WIDTH}, k=_ITEMS, include_titles=True).SerializeToString()
+    held = http2.half_open(server.address, METHOD, messages[0], 200)
+    held += [http2.slow_reader(server.address, METHOD, large, 100) for _ in range(10)]
+    # While they are there, and take nothing.
+    server.wait_until_idle()
+    print(f"{len(held)} connections hang: {server.resources()}", flush=True)
+    for connection in held:
+        connection.close()
+    ended = asyncio.run(_cancel_storm(server.address, messages[1], 5_000, seed))
+    print(f"cancelled calls: {dict(ended)}", flush=True)
+    server.wait_until_idle()
+    end = time.monotonic() + 30
+    while server.resources().handles > before + 5:
+        if time.monotonic() > end:
+            raise WrongAnswerError(f"{server.resources().handles} handles are open, {before} were at first")
+        time.sleep(0.2)
+
+
+def _secrets(folder: Path, ids: Sequence[int]) -> dict[int | str, History]:
+    """Stores histories that no answer may show; gives them."""
+    chance, held = random.Random(9), {}
+    with closing(open_histories(str(folder))) as store:
+        for number in range(_SECRET_USERS):
+            times = sorted(NOW - chance.randrange(5_000_000) for _ in range(30))
+            held[f"{_SECRET}-{number}"] = History(chance.sample(list(ids), 30), times)
+        store.append(
+            [
+                Event(
+                    user_id=user, item_id=item, action=f"{_SECRET}-action", timestamp=time, event_id=f"{_SECRET}-{at}"
+                )
+                for user, history in held.items()
+                for at, (item, time) in enumerate(zip(history.items, history.timestamps, strict=True))
+            ]
+        ).result()
+    return dict(held)
+
+
+def measure(folder: Path, count: int, connections: int, seed: int) -> list[dict[str, object]]:
+    """Rows by kind of request and method.
+
+    Raises:
+        WrongAnswerError: the server is at fault somewhere.
+    """
+    registry = Registry(folder / "registry")
+    registry.publish(snapshot_writer(_ITEMS, 0))
+    ids = ids_of(_ITEMS)
+    secrets = _secrets(folder / "histories", ids.tolist())
+    requests = make_requests(ids, _REQUESTS)
+    requests += [RetrieveRequest(user=StoredUser(user), k=20, request_time=NOW) for user in secrets]
+    oracle = Oracle(registry, requests, secrets)
+    oracle.learn(registry.current())
+    series, heard = Series(), Heard()
+    with (
+        serving_process(registry.location, folder / "server.log", "--histories", str(folder / "histories")) as server,
+        calling(server.address, METHOD, oracle.messages, 2, 0.02) as honest,
+    ):
+        begun, codes = time.monotonic(), Counter[tuple[str, str, str]]()
+        source = hostile_requests(count, seed)
+        while chunk := list(itertools.islice(source, _CHUNK)):
+            codes += asyncio.run(_send_all(server.address, iter(chunk)))
+            judge(oracle, heard, honest.heard())
+            series.add(server.resources(), requests=codes.total())
+            print(f"{codes.total()} requests, {server.resources()}", flush=True)
+        seconds = time.monotonic() - begun
+        server.wait_until_idle()
+        below_grpc(server, oracle.messages, connections, seed)
+        judge(oracle, heard, honest.stop())
+        _check_metrics(server)
+    series.write(folder / "fuzz.csv")
+    print(f"{codes.total()} requests in {seconds:.0f} s; {len(heard.seconds)} honest answers, all right")
+    tail: dict[str, Any] = {"honest_answers": len(heard.seconds), "connections": connections, "seed": seed}
+    rows = [{"kind": kind, "method": method, "code": code, "calls": n} for (kind, method, code), n in codes.items()]
+    return [row | tail for row in sorted(rows, key=lambda row: [str(value) for value in row.values()])]
+
+
+def _check_metrics(server: ServerProcess) -> None:
+    """The server's own view of how calls ended.
+
+    Raises:
+        WrongAnswerError: one ended by its own fault.
+    """
+    for name, value in server.metrics().items():
+        if value and ('code="INTERNAL"' in name or 'code="UNKNOWN"' in name or 'reason="INTERNAL"' in name):
+            raise WrongAnswerError(f"{name} is {value}")
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--connections", type=int, default=2_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where log and series stay (default: nowhere)")
+    parser.add_argument("--quick", action="store_true", help="appends nothing")
+    parser.add_argument("--note", default="", help="kept in the table")
+    parsed = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = parsed.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = measure(folder, parsed.requests, parsed.connections, parsed.seed)
+    for row in rows:
+        print(*row.values())
+    if not parsed.quick:
+        where = environment(torch.device("cpu")) | {"note": parsed.note}
+        append_rows(_RESULTS / "fuzz.csv", [row | where for row in rows])
+
+
+if __name__ == "__main__":
+    main()
