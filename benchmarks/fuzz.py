@@ -28,7 +28,6 @@ import torch
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from benchmarks import hostile, http2
 from benchmarks.callers import Heard, calling
 from benchmarks.fault_world import METHOD, NOW, WIDTH, Oracle, ids_of, make_requests, snapshot_writer
 from benchmarks.harness import WrongAnswerError, append_rows, environment
@@ -41,6 +40,7 @@ from retrieval.rpc.client import History, StoredUser
 from retrieval.rpc.convert import retrieve_request_to
 from retrieval.rpc.requests import RetrieveRequest
 from retrieval.snapshot.registry import Registry
+from tests.rpc import hostile, http2
 
 _RESULTS = Path(__file__).parent / "results"
 _ITEMS, _REQUESTS, _SECRET_USERS, _CHUNK, _AT_ONCE = 5_000, 24, 8, 2_000, 64

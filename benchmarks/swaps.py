@@ -65,7 +65,9 @@ class Swapper:
         self._registry, self._server, self._oracle, self._items = registry, server, oracle, items
         self._chance, self._seed = random.Random(seed), seed * 1_000_000
         self._client = RetrievalClient(server.address, timeout=60)
+        # The last one serves, whether or not it has files any more.
         self._good = [registry.current()]
+        self._oldest = 0
         self.steps: Counter[str] = Counter()
         self.seconds: list[float] = []
 
@@ -85,7 +87,7 @@ class Swapper:
             WrongAnswerError: a bad version was served, or a good one was not.
         """
         kind = self._chance.choices(list(_STEPS), list(_STEPS.values()))[0]
-        if kind == "back" and len(self._good) < 2:
+        if kind == "back" and not self._earlier():
             kind = "good"
         self.steps[kind] += 1
         if kind == "good":
@@ -99,17 +101,19 @@ class Swapper:
             self._is_refused(self._damage if kind == "damaged" else self._remove)
         if self.steps.total() % _PRUNED_EVERY == 0:
             self._registry.prune(_KEPT)
-            kept = self._registry.versions()[-_KEPT:]
-            # The last one serves, whether or not it has files any more.
-            self._good = [version for version in self._good[:-1] if version in kept] + self._good[-1:]
+            self._oldest = version_number(self._registry.versions()[-_KEPT:][0])
 
     def _writer(self, spoil: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], bytes]:
         self._seed += 1
         return snapshot_writer(self._items, self._seed, spoil)
 
+    def _earlier(self) -> list[str]:
+        """Versions that one can go back to."""
+        recent = [version for version in self._good[-_KEPT:-1] if version != self._good[-1]]
+        return [version for version in recent if version_number(version) >= self._oldest]
+
     def _back(self) -> str:
-        version = self._chance.choice(self._good[:-1])
-        self._good.remove(version)
+        version = self._chance.choice(self._earlier())
         self._registry.activate(version)
         return version
 

@@ -35,8 +35,8 @@ class Metrics:
             "retrieval_calls", "Calls that ended, by gRPC status.", ["method", "code"], registry=self.registry
         )
         self._call_seconds = Histogram(
-            "retrieval_call_seconds", "From request bytes to answer.", ["method"], buckets=_SECONDS,
-            registry=self.registry,
+            "retrieval_call_seconds", "From request bytes to answer or refusal, by gRPC status.", ["method", "code"],
+            buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         stages = Histogram(
             "retrieval_stage_seconds", "Time by stage: encode and search per batch, the others per call.", ["stage"],
@@ -87,7 +87,7 @@ class Metrics:
     def call(self, method: str, code: str, seconds: float) -> None:
         """A call ended with the gRPC status of this name."""
         self._calls.labels(method, code).inc()
-        self._call_seconds.labels(method).observe(seconds)
+        self._call_seconds.labels(method, code).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """A call was refused; `reason` as in its ErrorInfo."""

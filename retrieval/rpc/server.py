@@ -59,6 +59,10 @@ _log = logging.getLogger(__name__)
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RetrievalService"]
 SERVICE: str = _DESCRIPTOR.full_name
 
+# Calls of one connection, over the server's capacity: above 1, so that calls beyond it are refused and do not wait in
+# their client.
+_STREAMS_PER_SLOT = 4
+
 # Threads that wait for the history store, which may block on a disk.
 _LOOKUP_THREADS = 4
 
@@ -88,6 +92,8 @@ class ServerConfig(Config):
             of a certificate, else an address.
         drain_seconds: time after a stop is asked for in which calls are still taken, for load balancers to notice.
         grace_seconds: time that calls in hand get to finish after that.
+        keepalive_seconds: a connection on which nothing comes for so long is asked for a sign of life, and closed if
+            none comes in as long again.
         max_message_bytes: size of a request message.
         recall_share: share of Retrieve calls whose answer is compared with exact search, beside the serving.
         limits: what one call may ask for.
@@ -110,6 +116,7 @@ class ServerConfig(Config):
     client_capacity: int | None = Field(default=None, ge=1)
     drain_seconds: float = Field(default=0.0, ge=0)
     grace_seconds: float = Field(default=10.0, ge=0)
+    keepalive_seconds: float = Field(default=60.0, ge=1)
     max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
     recall_share: float = Field(default=0.0, ge=0, le=1)
     limits: Limits = Field(default_factory=Limits)
@@ -178,6 +185,13 @@ class Server:
             ("grpc.max_receive_message_length", config.max_message_bytes),
             # Otherwise a second server on a taken port would silently share its calls.
             ("grpc.so_reuseport", 0),
+            # A peer that is gone without a word, or takes nothing, is noticed by its silence.
+            ("grpc.keepalive_time_ms", round(1000 * config.keepalive_seconds)),
+            ("grpc.keepalive_timeout_ms", round(1000 * config.keepalive_seconds)),
+            ("grpc.http2.ping_timeout_ms", round(1000 * config.keepalive_seconds)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # Answers that nobody reads lie in memory: so many of a connection at most.
+            ("grpc.max_concurrent_streams", _STREAMS_PER_SLOT * config.capacity),
         ]
         self._grpc = grpc.aio.server(options=options, interceptors=interceptors)
         self._grpc.add_generic_rpc_handlers((self._handlers(),))

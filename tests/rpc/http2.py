@@ -10,13 +10,14 @@ import socket
 import struct
 from collections.abc import Callable
 
-__all__ = ["ATTACKS", "attack", "half_open", "slow_reader"]
+__all__ = ["ATTACKS", "attack", "call", "half_open", "slow_reader"]
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _PRIORITY, _RST, _SETTINGS, _PUSH, _PING, _GOAWAY, _WINDOW, _CONTINUATION = range(10)
 _END_STREAM, _END_HEADERS, _PADDED = 1, 4, 8
 _INITIAL_WINDOW, _MAX_FRAME = 4, 5
-_TIMEOUT = 0.2
+# Seconds that an attacker listens before it hangs up.
+_TIMEOUT = 0.05
 
 Attack = Callable[[random.Random, str, bytes], bytes]
 """What is sent, given chance, the path of a method and a good message for it."""
@@ -153,6 +154,11 @@ ATTACKS: dict[str, Attack] = {
     "push": lambda chance, path, message: _hello() + _frame(_PUSH, _END_HEADERS, 1, b"\0\0\0\x02" + _block(path)),
     "priority loop": lambda chance, path, message: _hello() + _frame(_PRIORITY, 0, 3, b"\0\0\0\x03\xff") * 100,
 }
+
+
+def call(path: str, message: bytes, *further: tuple[bytes, bytes]) -> bytes:
+    """A connection's bytes with one call, and headers beside those that it needs."""
+    return _hello() + _call(1, path, _grpc(message), *further)
 
 
 def _connect(address: str) -> socket.socket:
