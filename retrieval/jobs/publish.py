@@ -120,7 +120,7 @@ def build_candidate(
     users = current_user_embeddings(dataset, encoder)
     index, spec, table = built_index(vectors, users, spec, run_dir, on_choice)
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
-    counted = Vocabulary(dataset.vocabulary.ids, {**dataset.vocabulary.attributes, **known})
+    counted = Vocabulary(dataset.vocabulary.ids, {**_published(dataset.vocabulary.attributes, info), **known})
     searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
     return Candidate(
         encoder=encoder,
@@ -134,6 +134,12 @@ def build_candidate(
         choice=table,
         trained_on=_trained_on(dataset, info),
     )
+
+
+def _published(attributes: Mapping[str, pa.Array], info: CheckpointInfo) -> dict[str, pa.Array]:
+    """Attributes that filters can ask for: not the vectors, which are in the item embeddings."""
+    learned = (info.training.get("item_features") or {}).get("attributes", {})
+    return {name: one for name, one in attributes.items() if learned.get(name, {}).get("kind") != "vector"}
 
 
 class _Kept(Config):

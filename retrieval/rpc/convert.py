@@ -324,12 +324,18 @@ def record_request_to(request: RecordRequest) -> pb.RecordEventsRequest:
     for place, event in enumerate(request.events):
         part, field = message.events.add(), f"events[{place}]"
         _id_to(part.user_id, event.user_id, f"{field}.user_id")
-        _id_to(part.item_id, event.item_id, f"{field}.item_id")
+        if event.item_id is not None:
+            _id_to(part.item_id, event.item_id, f"{field}.item_id")
         for name, kind in (("action", "text"), ("timestamp", "an integer, in seconds"), ("event_id", "text")):
             try:
                 setattr(part, name, getattr(event, name))
             except (TypeError, ValueError) as error:
                 raise InvalidRequestError(f"{field}.{name}", f"must be {kind} ({error})") from None
+        for name in ("context", "auxiliary"):
+            try:
+                getattr(part, name).update(getattr(event, name))
+            except (TypeError, ValueError) as error:
+                raise InvalidRequestError(f"{field}.{name}", f"must map names to texts ({error})") from None
     return message
 
 
@@ -337,16 +343,18 @@ def record_request_from(message: pb.RecordEventsRequest) -> RecordRequest:
     """A message as a request.
 
     Raises:
-        InvalidRequestError: an event without a user or an item.
+        InvalidRequestError: an event without a user, or with an id that is none.
     """
     return RecordRequest(
         events=[
             Event(
                 user_id=_id_from(event.user_id, f"events[{place}].user_id"),
-                item_id=_id_from(event.item_id, f"events[{place}].item_id"),
+                item_id=_id_from(event.item_id, f"events[{place}].item_id") if event.HasField("item_id") else None,
                 timestamp=event.timestamp,
                 action=event.action,
                 event_id=event.event_id,
+                context=dict(event.context),
+                auxiliary=dict(event.auxiliary),
             )
             for place, event in enumerate(message.events)
         ]

@@ -3,7 +3,7 @@
 Fields in messages carry the names that they have in `retrieval.proto`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.errors import FilterError, InvalidRequestError
-from retrieval.histories.store import StoredHistory
+from retrieval.histories.store import Series, StoredHistory
 from retrieval.index.filter import And, Compare, Filter, In, Not, Or
 from retrieval.rpc.errors import VersionNotLoadedError
 from retrieval.rpc.requests import Embedding, EmbedRequest, History, Ids, RetrieveRequest
@@ -212,7 +212,7 @@ def fresh_history(serving: ServingSnapshot, history: History, limits: Limits, fi
         actions=list(history.actions) or [""] * len(history.items),
         timestamps=_timestamps(history.timestamps, f"{field}.timestamps"),
         context=history.context,
-        auxiliary=history.auxiliary,
+        auxiliary=_series_of(history),
     )
 
 
@@ -223,10 +223,11 @@ def _events(
         _check_history(serving, history, limits, field)
         rows = _rows(serving, history.items, f"{field}.items")
         timestamps = _timestamps(history.timestamps, f"{field}.timestamps")
+        auxiliary = _series_of(history)
     else:
         # Our own store's data: an action that the snapshot does not know is not the caller's mistake.
         rows = serving.snapshot.vocabulary.rows_of(history.items)
-        timestamps = history.timestamps
+        timestamps, auxiliary = history.timestamps, history.auxiliary
     known = np.flatnonzero(rows >= 0)
     latest = known[-serving.max_length :]
     if len(history.actions):
@@ -238,12 +239,16 @@ def _events(
         rows=rows[latest],
         actions=actions,
         timestamps=timestamps[latest],
-        side=serving.side(history.context, history.auxiliary),
+        side=serving.side(history.context, auxiliary),
         request_time=time,
         action=action,
         seen=rows[known],
         unknown=len(rows) - len(known),
     )
+
+
+def _series_of(history: History) -> Mapping[str, Series]:
+    return {name: Series.of(points) for name, points in history.auxiliary.items()}
 
 
 def _check_history(serving: ServingSnapshot, history: History, limits: Limits, field: str) -> None:

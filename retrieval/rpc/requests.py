@@ -54,8 +54,7 @@ class StoredUser:
 
     Attributes:
         id: the user's id.
-        fresh: events that may not be recorded yet, added to the history for this call, and the user's context and
-            auxiliary series, which stores do not keep.
+        fresh: events, context and points of auxiliary series that may not be recorded yet, for this call.
     """
 
     id: int | str

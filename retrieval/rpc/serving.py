@@ -1,6 +1,6 @@
 """A snapshot made ready to answer: with what every call looks up, and warmed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from retrieval.data.sequences import gather_histories
 from retrieval.encoder.inference import embed_users
 from retrieval.errors import SnapshotCorruptError
+from retrieval.histories.store import Series
 from retrieval.rpc.requests import ServingState
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch, SideRows
@@ -76,7 +77,7 @@ class ServingSnapshot:
             return np.zeros(len(names), np.uint8)
         return np.fromiter((known.get(name, 0) for name in names), np.uint8, len(names))
 
-    def side(self, context: Mapping[str, str], auxiliary: Mapping[str, Sequence[tuple[int, str]]]) -> SideRows | None:
+    def side(self, context: Mapping[str, str], auxiliary: Mapping[str, Series]) -> SideRows | None:
         """What the encoder is to read beside one user's events; None where it reads nothing there.
 
         Values that the snapshot does not know have row 0, and names that it does not read are passed over.
@@ -88,21 +89,24 @@ class ServingSnapshot:
             for kind, rows in zip(self.kinds, self._rows_of, strict=True)
             if kind.context
         ]
-        events = [
-            (number, rows.get(value, 0), time)
-            for number, (kind, rows) in enumerate(zip(self.kinds, self._rows_of, strict=True), 1)
-            if not kind.context
-            for time, value in auxiliary.get(kind.name, ())
-        ]
-        kinds, values, timestamps = np.array(events, np.int64).reshape(-1, 3).T
+        nothing = np.empty(0, np.int64)
+        kinds, values, timestamps = [nothing], [nothing], [nothing]
+        for number, (kind, rows) in enumerate(zip(self.kinds, self._rows_of, strict=True), 1):
+            if kind.context or kind.name not in auxiliary:
+                continue
+            series = auxiliary[kind.name]
+            row_of = np.array([rows.get(value, 0) for value in series.values], np.int64)
+            kinds.append(np.full(len(series.codes), number))
+            values.append(row_of[series.codes])
+            timestamps.append(series.timestamps)
         return SideRows(
             num_kinds=len(self.kinds),
             context=np.array([fixed], np.int64),
-            kinds=kinds,
-            values=values,
-            timestamps=timestamps,
+            kinds=np.concatenate(kinds),
+            values=np.concatenate(values),
+            timestamps=np.concatenate(timestamps),
             starts=np.zeros(1, np.int64),
-            ends=np.array([len(events)]),
+            ends=np.array([sum(map(len, kinds))]),
         )
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[int] | list[str]:

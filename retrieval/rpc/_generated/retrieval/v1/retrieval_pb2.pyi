@@ -251,18 +251,36 @@ class ItemId(_message.Message):
     def __init__(self, integer: _Optional[int] = ..., string: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("user_id", "item_id", "action", "timestamp", "event_id")
+    __slots__ = ("user_id", "item_id", "action", "timestamp", "event_id", "context", "auxiliary")
+    class ContextEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class AuxiliaryEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    AUXILIARY_FIELD_NUMBER: _ClassVar[int]
     user_id: UserId
     item_id: ItemId
     action: str
     timestamp: int
     event_id: str
-    def __init__(self, user_id: _Optional[_Union[UserId, _Mapping]] = ..., item_id: _Optional[_Union[ItemId, _Mapping]] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., event_id: _Optional[str] = ...) -> None: ...
+    context: _containers.ScalarMap[str, str]
+    auxiliary: _containers.ScalarMap[str, str]
+    def __init__(self, user_id: _Optional[_Union[UserId, _Mapping]] = ..., item_id: _Optional[_Union[ItemId, _Mapping]] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., event_id: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ..., auxiliary: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class RecordEventsRequest(_message.Message):
     __slots__ = ("events",)
