@@ -65,8 +65,14 @@ def _good(ids: Sequence[int]) -> dict[str, list[Message]]:
         del message.exclude.integers.values[50:]
     history = next(one.history for one in retrieves if one.history.timestamps)
     filter_ = {"all": {"filters": [{"compare": {"attribute": "events", "operator": 4, "value": {"integer": 100}}}]}}
-    stored = {"stored_user": {"integer": 5}, "fresh_events": history, "filter": filter_, "include_titles": True, "k": 9}
-    users = [{"history": history}, {"stored_user": {"string": "5"}, "fresh_events": history}]
+    stored: dict[str, Any] = {
+        "stored_user": {"integer": 5},
+        "fresh_events": history,
+        "filter": filter_,
+        "include_titles": True,
+        "k": 9,
+    }
+    users: list[Any] = [{"history": history}, {"stored_user": {"string": "5"}, "fresh_events": history}]
     events = [
         {
             "user_id": {"integer": user},
@@ -232,21 +238,19 @@ def below_grpc(server: ServerProcess, messages: Sequence[bytes], connections: in
 
 def _secrets(folder: Path, ids: Sequence[int]) -> dict[int | str, History]:
     """Stores histories that no answer may show; gives them."""
-    chance, held = random.Random(9), {}
+    chance = random.Random(9)
+    held: dict[int | str, History] = {}
+    events = []
+    for number in range(_SECRET_USERS):
+        user, items = f"{_SECRET}-{number}", chance.sample(list(ids), 30)
+        times = sorted(NOW - chance.randrange(5_000_000) for _ in items)
+        held[user] = History(items, times)
+        for at, (item, time_) in enumerate(zip(items, times, strict=True)):
+            told = f"{_SECRET}-{at}"
+            events.append(Event(user_id=user, item_id=item, action=_SECRET, timestamp=time_, event_id=told))
     with closing(open_histories(str(folder))) as store:
-        for number in range(_SECRET_USERS):
-            times = sorted(NOW - chance.randrange(5_000_000) for _ in range(30))
-            held[f"{_SECRET}-{number}"] = History(chance.sample(list(ids), 30), times)
-        store.append(
-            [
-                Event(
-                    user_id=user, item_id=item, action=f"{_SECRET}-action", timestamp=time, event_id=f"{_SECRET}-{at}"
-                )
-                for user, history in held.items()
-                for at, (item, time) in enumerate(zip(history.items, history.timestamps, strict=True))
-            ]
-        ).result()
-    return dict(held)
+        store.append(events).result()
+    return held
 
 
 def measure(folder: Path, count: int, connections: int, seed: int) -> list[dict[str, object]]:
@@ -265,7 +269,7 @@ def measure(folder: Path, count: int, connections: int, seed: int) -> list[dict[
     oracle.learn(registry.current())
     series, heard = Series(), Heard()
     with (
-        serving_process(registry.location, folder / "server.log", "--histories", str(folder / "histories")) as server,
+        serving_process(folder / "registry", folder / "server.log", "--histories", str(folder / "histories")) as server,
         calling(server.address, METHOD, oracle.messages, 2, 0.02) as honest,
     ):
         begun, codes = time.monotonic(), Counter[tuple[str, str, str]]()

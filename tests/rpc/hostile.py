@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -76,12 +76,19 @@ def _field(field: FieldDescriptor, near: Sequence[int], width: int, depth: int) 
     return st.lists(one, max_size=4)
 
 
-def _messages(descriptor: Descriptor, near: Sequence[int], depth: int = 0, width: int = 32) -> "st.SearchStrategy[Any]":
+def _deferred(field: FieldDescriptor, near: Sequence[int], width: int, depth: int) -> "st.SearchStrategy[Any]":
+    """For messages that hold themselves."""
+
+    def make() -> "st.SearchStrategy[Any]":
+        return _field(field, near, width, depth)
+
+    return st.deferred(make)
+
+
+def _messages(descriptor: Any, near: Sequence[int], depth: int = 0, width: int = 32) -> "st.SearchStrategy[Any]":
     if depth > _DEEPEST:
         return st.just({})
-    # Deferred, for messages that hold themselves.
-    fields = {field.name: field for field in descriptor.fields}
-    optional = {name: st.deferred(lambda field=one: _field(field, near, width, depth)) for name, one in fields.items()}
+    optional = {field.name: _deferred(field, near, width, depth) for field in descriptor.fields}
     return st.fixed_dictionaries({}, optional=optional)
 
 
@@ -129,7 +136,7 @@ def spoilt(good: Sequence[Message], near: Sequence[int], count: int, seed: int) 
 
 def _spoil(message: Message, near: Sequence[int], chance: random.Random) -> None:
     """Change a field of the message or of one inside it."""
-    fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
+    fields: list[Any] = list(message.DESCRIPTOR.fields)
     if not fields:
         return
     inside = [field for field, _ in message.ListFields() if field.message_type is not None and not _is_map(field)]
