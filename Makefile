@@ -35,6 +35,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python protos/check.py
 
 types: setup
 	$(BIN)/mypy
@@ -47,7 +48,8 @@ check: lint types test
 gpu-check: $(if $(GPU_PYTHON),,setup)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(ARGS)
 
-# The gRPC stubs are committed; a test compares them with what the proto gives.
+# The gRPC stubs are committed; a test compares them with what the proto gives. `make lint` compares the proto with the
+# interface that was released, protos/v1.binpb.
 stubs: setup
 	$(BIN)/python protos/generate.py
 

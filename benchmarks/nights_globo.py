@@ -93,7 +93,7 @@ def _rebuild(parsed: argparse.Namespace, log: Path, name: str) -> tuple[Night | 
             Registry(parsed.work / name / "registry"),
             parsed.work / name / "work",
             config,
-            ingest=lambda out: ingest(log, out, schema=SCHEMA),
+            ingest=lambda out, known: ingest(log, out, schema=SCHEMA, known=known),
             encoder_config=lambda dataset: PRESETS[parsed.preset](num_items=len(dataset.vocabulary)),
         )
     except GateRefusedError as error:

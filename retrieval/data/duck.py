@@ -103,6 +103,13 @@ class Engine:
         with _translated(self._memory):
             return self._connection.sql(sql).to_arrow_table()
 
+    def keep(self, name: str, rows: pa.Table) -> None:
+        """Copy rows into a new table."""
+        with _translated(self._memory):
+            self._connection.register("given", rows)
+            self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM given")
+            self._connection.unregister("given")
+
     def batches(self, sql: str, stage: str | None = None) -> Iterator[pa.RecordBatch]:
         """Run a query and stream its answer in batches of bounded size."""
         with _translated(self._memory):

@@ -18,7 +18,7 @@ from retrieval.errors import CheckpointError
 from retrieval.files import replacing, sha256_of, write_atomically
 from retrieval.types import TokenKind
 
-__all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "read_info", "save_checkpoint"]
 
 CHECKPOINT_FORMAT = 1
 _JSON, _WEIGHTS = "encoder.json", "encoder.safetensors"
@@ -57,15 +57,25 @@ def save_checkpoint(folder: Path, encoder: UserEncoder, info: CheckpointInfo) ->
     write_atomically(folder / _JSON, bound.model_dump_json(indent=2).encode())
 
 
+def read_info(folder: Path) -> CheckpointInfo:
+    """What an encoder on disk is, without its weights.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or of another format.
+        ConfigError: it does not say what its format demands.
+    """
+    return CheckpointInfo.load_json(
+        folder / _JSON, format_number=CHECKPOINT_FORMAT, folder_is="a trained encoder's folder", error=CheckpointError
+    )
+
+
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[UserEncoder, CheckpointInfo]:
     """Read an encoder, in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing or damaged, of another format, or the two do not belong together.
     """
-    info = CheckpointInfo.load_json(
-        folder / _JSON, format_number=CHECKPOINT_FORMAT, folder_is="a trained encoder's folder", error=CheckpointError
-    )
+    info = read_info(folder)
     if tuple(kind.rows for kind in info.kinds) != info.encoder.kinds:
         raise CheckpointError(f"{folder / _JSON}: its kinds have other numbers of values than its encoder")
     weights = folder / _WEIGHTS

@@ -24,6 +24,7 @@ __all__ = [
     "Limits",
     "PreparedEmbed",
     "PreparedRetrieve",
+    "Trace",
     "UserEvents",
     "fresh_history",
     "prepare_embed",
@@ -47,6 +48,7 @@ class Limits(Config):
         max_excluded: ids to exclude.
         max_users: users of one EmbedUsers call.
         max_filter: tests and values of a filter together.
+        max_batch: requests of one BatchRetrieve call.
         max_recorded: events of one RecordEvents call.
     """
 
@@ -55,6 +57,7 @@ class Limits(Config):
     max_excluded: int = Field(default=100_000, ge=0)
     max_users: int = Field(default=256, ge=1)
     max_filter: int = Field(default=10_000, ge=1)
+    max_batch: int = Field(default=64, ge=1)
     max_recorded: int = Field(default=1_000, ge=1)
 
 
@@ -90,6 +93,14 @@ class UserEvents:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Moments of a request, in seconds of `time.perf_counter`: when it came, and when it was ready to be worked on."""
+
+    came: float
+    ready: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRetrieve:
     """A checked `RetrieveRequest`, bound to the snapshot that it was checked against.
@@ -101,6 +112,8 @@ class PreparedRetrieve:
         excluded: rows without repeats, int64.
         include_titles: whether titles are wanted.
         filter: what answers must meet, checked against the snapshot; None is anything.
+        exact: whether to score every eligible item.
+        trace: when this was asked and ready; None where nobody wants to know.
     """
 
     serving: ServingSnapshot
@@ -109,6 +122,8 @@ class PreparedRetrieve:
     excluded: NDArray[np.int64]
     include_titles: bool
     filter: Filter | None
+    exact: bool
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +191,7 @@ def prepare_retrieve(
         excluded=np.unique(excluded[excluded >= 0]),
         include_titles=request.include_titles,
         filter=request.filter,
+        exact=request.exact,
     )
 
 

@@ -53,6 +53,8 @@ class ServingSnapshot:
         self._rows_of = [{value: row for row, value in enumerate(kind.values, 1)} for kind in self.kinds]
         counts = snapshot.vocabulary.attributes["popularity"].to_numpy().astype(np.float64)
         self.popularity: NDArray[np.float32] = (counts / max(counts.sum(), 1.0)).astype(np.float32)
+        cold = snapshot.vocabulary.attributes["events"].to_numpy() == 0
+        self._cold = cold if cold.any() else None
         # Indexing numpy is many times faster than Arrow's `take` for the few rows of an answer.
         self._ids = snapshot.vocabulary.ids.to_numpy(zero_copy_only=False)
         self._warm_up()
@@ -114,6 +116,10 @@ class ServingSnapshot:
         ids: list[int] | list[str] = self._ids[rows].tolist()
         return ids
 
+    def cold_places(self, rows: NDArray[np.int64]) -> list[int]:
+        """Which of these rows, by their place, are of items that no event of the training log was on."""
+        return [] if self._cold is None else np.flatnonzero(self._cold[rows]).tolist()
+
     def titles_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Titles of rows, "" where an item has none; empty if the catalogue has no titles."""
         titles = self.snapshot.vocabulary.attributes.get("title")
@@ -128,7 +134,7 @@ class ServingSnapshot:
             snapshot_version=self.version,
             created=manifest.created,
             dataset=manifest.dataset,
-            items=manifest.items,
+            items=manifest.items - manifest.expired,
             string_ids=self.string_ids,
             width=manifest.width,
             max_length=self.max_length,

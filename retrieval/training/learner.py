@@ -5,6 +5,7 @@ Legend: T tokens, D width, N items, U rows of the item table that a step names.
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from retrieval.data.item_features import ItemFeatures
 from retrieval.data.sequences import TrainingBatch
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import TrainingError
+from retrieval.errors import ConfigError, TrainingError
 from retrieval.training.config import TrainConfig
 from retrieval.training.item_table import ItemTable
 from retrieval.training.loss import next_item_loss
@@ -103,6 +104,21 @@ class Learner:
         if self._average is not None:
             tensors |= {f"average.{name}": one for name, one in self._average.state_dict().items()}
         return tensors
+
+    @torch.no_grad()
+    def adopt(self, learned: Mapping[str, Tensor]) -> None:
+        """Go on from what another learner of the same settings had learned, all of it, by the names of `tensors`.
+
+        Raises:
+            ConfigError: it has learned something else; nothing has been changed.
+        """
+        tensors = self.tensors()
+        for name in sorted(tensors.keys() | learned.keys()):
+            now, before = (tuple(one[name].shape) if name in one else None for one in (tensors, learned))
+            if now != before:
+                raise ConfigError(f"{name}: was learned as {before} and is {now} now; start from scratch")
+        for name, tensor in tensors.items():
+            tensor.copy_(learned[name])
 
     def step(self, batch: TrainingBatch, step: int) -> StepOutcome:
         """Learn from a batch; `step` counts from 0.

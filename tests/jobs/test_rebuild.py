@@ -2,27 +2,25 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retrieval.cli.main import build_parser, main
+from retrieval.cli.main import build_parser
 from retrieval.cli.rebuild import _inputs
 from retrieval.data.dataset import Dataset
 from retrieval.data.ingest import ingest
 from retrieval.errors import ConfigError
 from retrieval.files import sha256_of
-from retrieval.histories.recorded import open_histories
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs import rebuild as module
 from retrieval.jobs.night import alone, name_of_night
@@ -31,73 +29,7 @@ from retrieval.jobs.warm_start import carried_over
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
 from retrieval.training.config import TrainConfig
-
-USERS, ITEMS, DAY = 120, 40, 86_400
-OPTIONS = ["--preset", "demo", "--epochs", "6", "--warm-epochs", "2", "--learning-rate", "0.01", "--batch-size", "16"]
-OPTIONS += ["--negatives", "full"]
-
-
-def write_log(folder: Path, days: int, *, first_item: int = 0, items: int = ITEMS, shuffled_from: int = 99) -> Path:
-    """One file a day; item i is followed by i + 1, from `shuffled_from` on by anything."""
-    chance = random.Random(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    for day in range(days):
-        lines = ["user_id,item_id,timestamp"]
-        for user in range(USERS):
-            for step in range(6):
-                item = first_item + (user + 6 * day + step) % items
-                if day >= shuffled_from:
-                    item = first_item + chance.randrange(items)
-                lines.append(f"{user},{item},{1_700_000_000 + day * DAY + 600 * step + user}")
-        (folder / f"day-{day:02d}.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def night(log: Path, root: Path, *options: str) -> int:
-    return main(
-        ["rebuild", str(log), "--registry", str(root / "registry"), "--work", str(root / "work"), *OPTIONS, *options]
-    )
-
-
-def report_of(root: Path) -> dict[str, object]:
-    (folder,) = (root / "work").glob("night-*")
-    found: dict[str, object] = json.loads((folder / "report.json").read_text())
-    return found
-
-
-def gates_of(report: dict[str, object]) -> dict[str, bool]:
-    gates = report["gates"]
-    assert isinstance(gates, list)
-    return {gate["gate"]: gate["passed"] for gate in gates}
-
-
-def stored_days(folder: Path) -> float:
-    """Days of the log that a store of histories holds of a user."""
-    with closing(open_histories(str(folder))) as store:
-        history = store.read(7)
-    assert history is not None
-    return len(history.timestamps) / 6
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry after its first night."""
-    root = tmp_path_factory.mktemp("first")
-    assert night(write_log(root / "log", 4), root, "--histories", str(root / "histories")) == 0
-    return root
-
-
-@pytest.fixture
-def root(first: Path, tmp_path: Path) -> Path:
-    shutil.copytree(first, tmp_path / "root")
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def strict(tmp_path: Path) -> tuple[str, str]:
-    """Gates that judge by few users."""
-    (tmp_path / "gates.json").write_text(json.dumps({"k": 5, "min_queries": 20}))
-    return "--gates", str(tmp_path / "gates.json")
+from tests.jobs.nights import ITEMS, OPTIONS, USERS, gates_of, latest, night, report_of, stored_days, write_log
 
 
 def test_the_first_night_is_held_against_popularity(first: Path) -> None:
@@ -122,7 +54,8 @@ def test_the_next_night_starts_from_the_live_weights_and_is_held_against_it(
     assert registry.current() != before
     assert registry.current() in out
     assert (report["start"], report["live"]) == ("live weights", before)
-    assert report["vocabulary"] == {"items": ITEMS + 3, "new": 3, "gone": 0}
+    assert report["vocabulary"] == {"items": ITEMS + 3, "new": 3, "back": 0, "gone": 0, "rows": ITEMS + 3}
+    assert report["optimiser"] == f"the optimiser goes on from {before}"
     assert set(gates_of(report)) >= {"recall@5", "ndcg@5", "catalogue", "coverage", "overlap"}
     assert all(gates_of(report).values())
     held_out = report["held_out"]
@@ -139,7 +72,7 @@ def test_a_warm_night_costs_what_is_new_and_a_share_of_the_rest(root: Path) -> N
     back = [line for line in lines if line.startswith("user") or int(line.split(",")[0]) < USERS // 2]
     (root / "log" / "day-04.csv").write_text("\n".join(back) + "\n")
     assert night(root / "log", root, "--history-share", "0.1") == 0
-    (folder,) = (root / "work").glob("night-*")
+    folder = latest(root)
     steps = [
         json.loads((folder / name / "encoder.json").read_text())["training"]["steps"] for name in ("judged", "final")
     ]
@@ -206,8 +139,8 @@ def test_half_a_catalogue_is_refused_by_its_size(root: Path, capsys: pytest.Capt
 def test_weights_that_are_not_numbers_are_refused(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poisoned(dataset: Dataset, run_dir: Path, spec: IndexSpec) -> Candidate:
-        candidate = build_candidate(dataset, run_dir, spec)
+    def poisoned(dataset: Dataset, run_dir: Path, spec: IndexSpec, **more: Any) -> Candidate:
+        candidate = build_candidate(dataset, run_dir, spec, **more)
         candidate.vectors[3] = np.nan
         return candidate
 
@@ -219,7 +152,10 @@ def test_weights_that_are_not_numbers_are_refused(
 def test_an_index_that_finds_too_little_is_refused(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_candidate", lambda *what: replace(build_candidate(*what), ann_recall=0.9))
+    def poor(*what: Any, **more: Any) -> Candidate:
+        return replace(build_candidate(*what, **more), ann_recall=0.9)
+
+    monkeypatch.setattr(module, "build_candidate", poor)
     write_log(root / "log", 5)
     gates = refused(root, root / "log", capsys)
     assert [gate for gate, passed in gates.items() if not passed] == ["ann-recall"]
