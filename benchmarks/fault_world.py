@@ -22,7 +22,7 @@ from retrieval.encoder.config import HSTUConfig
 from retrieval.encoder.hstu import HSTUEncoder
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.index.builder import build_index
-from retrieval.index.filter import filter_from
+from retrieval.index.filter import Compare, filter_from
 from retrieval.index.spec import IndexSpec
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import Embedding, History, StoredUser
@@ -39,8 +39,6 @@ K, WIDTH = 20, 32
 NOW = 1_700_000_000
 ACTIONS = ("", "like", "skip")
 _MAX_LENGTH, _MOST_EVENTS = 50, 80
-_LEAST_EVENTS_OF_AN_ITEM = 300
-_FILTER = filter_from(f"events >= {_LEAST_EVENTS_OF_AN_ITEM}")
 # Of a score: reference kernels against compiled ones, alone against in a batch.
 _ROUNDING = 2e-5
 # Further items that are known to the oracle, since nearly equal scores may change places.
@@ -85,8 +83,19 @@ def snapshot_writer(
     return write
 
 
-def make_requests(ids: NDArray[np.int64], count: int, seed: int = 1, width: int = WIDTH) -> list[RetrieveRequest]:
-    """By turns: an embedding, a history, one without its own items, with a filter, with exclusions, a stranger."""
+def make_requests(
+    ids: NDArray[np.int64], count: int, seed: int = 1, width: int = WIDTH, least_events: int = 300
+) -> list[RetrieveRequest]:
+    """By turns: an embedding, a history, one without its own items, with a filter, with exclusions, a stranger.
+
+    Args:
+        ids: of items.
+        count: of requests.
+        seed: of all of it.
+        width: of embeddings.
+        least_events: what the filter asks of an item.
+    """
+    filter_ = filter_from(f"events >= {least_events}")
     rng = np.random.default_rng(seed)
     requests: list[RetrieveRequest] = []
     for number in range(count):
@@ -98,7 +107,7 @@ def make_requests(ids: NDArray[np.int64], count: int, seed: int = 1, width: int 
             {"user": embedding},
             {"user": history},
             {"user": history, "exclude_seen": True},
-            {"user": embedding, "filter": _FILTER},
+            {"user": embedding, "filter": filter_},
             {"user": history, "exclude": rng.choice(ids, len(ids) // 10, replace=False).tolist()},
             {"user": History([], [])},
         )
@@ -182,8 +191,8 @@ def _expected(snapshot: Snapshot, vectors: NDArray[np.float32], request: Retriev
     ids, events = snapshot.vocabulary.ids.to_numpy(), snapshot.vocabulary.attributes["events"].to_numpy()
     open_, source = np.ones(len(ids), bool), Source.MODEL
     if request.filter is not None:
-        assert request.filter == _FILTER
-        open_ &= events >= _LEAST_EVENTS_OF_AN_ITEM
+        assert isinstance(request.filter, Compare)
+        open_ &= events >= request.filter.value
     if isinstance(request.user, Embedding):
         query = np.array(request.user.values, np.float64)
         scores = vectors @ (query / np.linalg.norm(query)).astype(np.float32)

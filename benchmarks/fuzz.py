@@ -18,23 +18,25 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import torch
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
-from google.protobuf.message_factory import GetMessageClass
 
 from benchmarks.callers import Heard, calling
 from benchmarks.fault_world import METHOD, NOW, WIDTH, Oracle, ids_of, make_requests, snapshot_writer
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import Series, ServerProcess, serving_process
+from benchmarks.server_process import Series, ServerProcess, free_port, serving_process
 from benchmarks.swaps import judge
 from retrieval.histories.event import Event
 from retrieval.histories.recorded import open_histories
+from retrieval.rpc._generated.retrieval.v1 import admin_pb2
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import History, StoredUser
 from retrieval.rpc.convert import retrieve_request_to
@@ -42,27 +44,27 @@ from retrieval.rpc.requests import RetrieveRequest
 from retrieval.snapshot.registry import Registry
 from tests.rpc import hostile, http2
 
+__all__ = ["cancel_storm", "honest_calls", "hostile_requests", "send_all"]
+
 _RESULTS = Path(__file__).parent / "results"
-_ITEMS, _REQUESTS, _SECRET_USERS, _CHUNK, _AT_ONCE = 5_000, 24, 8, 2_000, 64
+_ITEMS, _REQUESTS, _SECRET_USERS, _CHUNK, _AT_ONCE, _ADMINS = 5_000, 24, 8, 2_000, 64, 4
 _SECRET = "canary"
 _SERVICE = pb.DESCRIPTOR.services_by_name["RetrievalService"]
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
 # What a caller's mistakes may end with; also what is too large or too much.
 _THE_CALLERS = frozenset(
-    ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
+    ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "ABORTED")
 )
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-def _kind_of(method: str) -> type[Message]:
-    kind: type[Message] = GetMessageClass(_SERVICE.methods_by_name[method].input_type)
-    return kind
+Good = Mapping[str, Sequence[Message]]
+"""By method, what an honest caller sends."""
 
 
-def _good(ids: Sequence[int]) -> dict[str, list[Message]]:
-    """By method, what an honest caller sends."""
-    retrieves = [retrieve_request_to(one) for one in make_requests(ids_of(_ITEMS), 12, seed=3)]
-    for message in retrieves:
-        del message.exclude.integers.values[50:]
+def honest_calls(ids: Sequence[int]) -> Good:
+    """Messages of the service, to be spoilt."""
+    retrieves = [retrieve_request_to(one) for one in make_requests(np.array(ids), 12, seed=3)]
     history = next(one.history for one in retrieves if one.history.timestamps)
     filter_ = {"all": {"filters": [{"compare": {"attribute": "events", "operator": 4, "value": {"integer": 100}}}]}}
     stored: dict[str, Any] = {
@@ -83,39 +85,48 @@ def _good(ids: Sequence[int]) -> dict[str, list[Message]]:
         }
         for user, item in zip(range(5), ids, strict=False)
     ]
-    good: dict[str, list[Message]] = {
-        "Retrieve": [*retrieves, pb.RetrieveRequest(**stored)],
+    retrieves.append(pb.RetrieveRequest(**stored))
+    return {
+        "Retrieve": retrieves,
+        "BatchRetrieve": [pb.BatchRetrieveRequest(requests=retrieves), pb.BatchRetrieveRequest(requests=retrieves[:2])],
         "EmbedUsers": [pb.EmbedUsersRequest(users=users, request_time=NOW)],
         "RecordEvents": [pb.RecordEventsRequest(events=events)],
+        "GetServingState": [pb.GetServingStateRequest()],
     }
-    return good | {name: [_kind_of(name)()] for name in _SERVICE.methods_by_name if name not in good}
 
 
-def hostile_requests(count: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
+def _admin_calls(versions: Sequence[str]) -> Good:
+    return {
+        "ListSnapshots": [admin_pb2.ListSnapshotsRequest()],
+        "ActivateSnapshot": [admin_pb2.ActivateSnapshotRequest(version=version) for version in versions],
+        "RollbackSnapshot": [admin_pb2.RollbackSnapshotRequest()],
+        "RefreshSnapshot": [admin_pb2.RefreshSnapshotRequest()],
+    }
+
+
+def hostile_requests(good: Good, near: Sequence[int], count: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
     """Kind, method and message, about so many; a tenth of them by hypothesis."""
-    chance, ids = random.Random(seed), ids_of(_ITEMS)[:20].tolist()
-    good = _good(ids)
-    yield from (("monster", method, message) for method, message in hostile.monsters(ids, WIDTH))
-    names = [name for name in good for _ in range(1 if _kind_of(name).DESCRIPTOR.fields == [] else 4)]
+    chance = random.Random(seed)
+    # Those without fields have little to be wrong.
+    names = [name for name, messages in good.items() for _ in range(4 if messages[0].DESCRIPTOR.fields else 1)]
     for begun in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - begun)
         name = names[begun // _CHUNK % len(names)]
-        for message in hostile.structured(_kind_of(name), ids, _CHUNK // 10, seed + begun):
+        for message in hostile.structured(type(good[name][0]), near, size // 10, seed + begun):
             yield "structured", name, message
         for name in names:
-            for message in hostile.spoilt(good[name], ids, _CHUNK * 8 // 10 // len(names), chance.getrandbits(64)):
+            for message in hostile.spoilt(good[name], near, size * 8 // 10 // len(names), chance.getrandbits(64)):
                 # Now and then where it does not belong.
                 yield "spoilt", name if chance.random() < 0.95 else chance.choice(names), message
-        for _ in range(_CHUNK // 10):
+        for _ in range(size // 10):
             yield "noise", chance.choice(names), chance.randbytes(int(chance.expovariate(1 / 40)))
 
 
 class Judge:
     """Sends what is hostile, and says what is wrong with the answer."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._methods = {
-            name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _SERVICE.methods_by_name
-        }
+    def __init__(self, channel: grpc.aio.Channel, service: ServiceDescriptor) -> None:
+        self._methods = {name: channel.unary_unary(f"/{service.full_name}/{name}") for name in service.methods_by_name}
         self.codes: Counter[tuple[str, str, str]] = Counter()
 
     async def send(self, kind: str, method: str, message: bytes) -> None:
@@ -169,19 +180,26 @@ def _check_shape(method: str, message: bytes, content: bytes) -> None:
         raise WrongAnswerError(f"{method} answered {content[:2000]!r} to {message[:2000]!r}")
 
 
-async def _send_all(address: str, requests: Iterator[tuple[str, str, bytes]]) -> Counter[tuple[str, str, str]]:
+async def send_all(
+    address: str, service: ServiceDescriptor, requests: Iterator[tuple[str, str, bytes]], at_once: int
+) -> Counter[tuple[str, str, str]]:
+    """Send hostile requests, so many at once; gives how they ended, by kind, method and code.
+
+    Raises:
+        WrongAnswerError: the server is at fault.
+    """
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
-        judge_ = Judge(channel)
+        judge_ = Judge(channel, service)
 
         async def worker() -> None:
             for kind, method, message in requests:
                 await judge_.send(kind, method, message)
 
-        await asyncio.gather(*(worker() for _ in range(_AT_ONCE)))
+        await asyncio.gather(*(worker() for _ in range(at_once)))
         return judge_.codes
 
 
-async def _cancel_storm(address: str, message: bytes, calls: int, seed: int) -> Counter[str]:
+async def cancel_storm(address: str, message: bytes, calls: int, seed: int) -> Counter[str]:
     """Calls that are given up after 0 to 5 ms."""
     chance, ended = random.Random(seed), Counter[str]()
     async with grpc.aio.insecure_channel(address) as channel:
@@ -226,7 +244,7 @@ def below_grpc(server: ServerProcess, messages: Sequence[bytes], connections: in
     print(f"{len(held)} connections hang: {server.resources()}", flush=True)
     for connection in held:
         connection.close()
-    ended = asyncio.run(_cancel_storm(server.address, messages[1], 5_000, seed))
+    ended = asyncio.run(cancel_storm(server.address, messages[1], 5_000, seed))
     print(f"cancelled calls: {dict(ended)}", flush=True)
     server.wait_until_idle()
     end = time.monotonic() + 30
@@ -260,25 +278,31 @@ def measure(folder: Path, count: int, connections: int, seed: int) -> list[dict[
         WrongAnswerError: the server is at fault somewhere.
     """
     registry = Registry(folder / "registry")
-    registry.publish(snapshot_writer(_ITEMS, 0))
+    versions = [registry.publish(snapshot_writer(_ITEMS, seed)) for seed in range(3)]
     ids = ids_of(_ITEMS)
     secrets = _secrets(folder / "histories", ids.tolist())
     requests = make_requests(ids, _REQUESTS)
     requests += [RetrieveRequest(user=StoredUser(user), k=20, request_time=NOW) for user in secrets]
     oracle = Oracle(registry, requests, secrets)
-    oracle.learn(registry.current())
+    for version in versions:
+        oracle.learn(version)
     series, heard = Series(), Heard()
+    options = ("--histories", str(folder / "histories"), "--admin-port", str(admin_port := free_port()))
     with (
-        serving_process(folder / "registry", folder / "server.log", "--histories", str(folder / "histories")) as server,
+        serving_process(folder / "registry", folder / "server.log", *options) as server,
         calling(server.address, METHOD, oracle.messages, 2, 0.02) as honest,
     ):
         begun, codes = time.monotonic(), Counter[tuple[str, str, str]]()
-        source = hostile_requests(count, seed)
+        near = ids[:20].tolist()
+        monsters = (("monster", method, message) for method, message in hostile.monsters(near, WIDTH))
+        source = itertools.chain(monsters, hostile_requests(honest_calls(near), near, count, seed))
         while chunk := list(itertools.islice(source, _CHUNK)):
-            codes += asyncio.run(_send_all(server.address, iter(chunk)))
+            codes += asyncio.run(send_all(server.address, _SERVICE, iter(chunk), _AT_ONCE))
             judge(oracle, heard, honest.heard())
             series.add(server.resources(), requests=codes.total())
             print(f"{codes.total()} requests, {server.resources()}", flush=True)
+        requests_of_admins = hostile_requests(_admin_calls(versions), near, count // 50, seed)
+        codes += asyncio.run(send_all(f"127.0.0.1:{admin_port}", _ADMIN, requests_of_admins, _ADMINS))
         seconds = time.monotonic() - begun
         server.wait_until_idle()
         below_grpc(server, oracle.messages, connections, seed)

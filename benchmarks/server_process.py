@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from scipy import stats
 from benchmarks.harness import WrongAnswerError
 from retrieval.cli.serve import READY
 
-__all__ = ["Resources", "Series", "ServerProcess", "Slope", "serving_process"]
+__all__ = ["Resources", "Series", "ServerProcess", "Slope", "free_port", "serving_process"]
 
 _METRICS_LINE = re.compile(r"metrics at (http://\S+)")
 _MIB = 2**20
@@ -106,6 +107,14 @@ class ServerProcess:
         text = self.log.read_text(encoding="utf-8")
         if "Traceback" in text:
             raise WrongAnswerError(f"a traceback in {self.log}: {text[text.index('Traceback') :][:2000]}")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 @contextmanager

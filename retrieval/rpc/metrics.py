@@ -43,6 +43,8 @@ class Metrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         # Looked up once: `labels` costs more than the observation.
+        self._ended: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._rejected: dict[str, Counter] = {}
         self._stages = {stage: stages.labels(stage) for stage in _STAGES}
         self._batch_sizes = Histogram(
             "retrieval_batch_size", "Calls per batch.", buckets=_BATCH_SIZES, registry=self.registry
@@ -86,12 +88,18 @@ class Metrics:
 
     def call(self, method: str, code: str, seconds: float) -> None:
         """A call ended with the gRPC status of this name."""
-        self._calls.labels(method, code).inc()
-        self._call_seconds.labels(method, code).observe(seconds)
+        ended = self._ended.get((method, code))
+        if ended is None:
+            ended = self._calls.labels(method, code), self._call_seconds.labels(method, code)
+            self._ended[method, code] = ended
+        ended[0].inc()
+        ended[1].observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """A call was refused; `reason` as in its ErrorInfo."""
-        self._rejections.labels(reason).inc()
+        if reason not in self._rejected:
+            self._rejected[reason] = self._rejections.labels(reason)
+        self._rejected[reason].inc()
 
     def recall(self, share: float) -> None:
         """A sampled answer holds this share of what exact search finds."""

@@ -241,9 +241,10 @@ class Server:
         }
 
     async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        start = time.perf_counter()
-        request = retrieve_request_from(parsed(pb.RetrieveRequest, content))
-        answer, serving = await self._answer(request, context, start, client)
+        def decode() -> RetrieveRequest:
+            return retrieve_request_from(parsed(pb.RetrieveRequest, content))
+
+        answer, serving = await self._answer(decode, context, client)
         assert isinstance(answer, Retrieved)
         with self._metrics.stage("answer"):
             return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
@@ -278,19 +279,20 @@ class Server:
         return answer
 
     async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        start = time.perf_counter()
-        request = embed_request_from(parsed(pb.EmbedUsersRequest, content))
-        answer, _ = await self._answer(request, context, start, client)
+        def decode() -> EmbedRequest:
+            return embed_request_from(parsed(pb.EmbedUsersRequest, content))
+
+        answer, _ = await self._answer(decode, context, client)
         assert isinstance(answer, Embedded)
         with self._metrics.stage("answer"):
             return embedded_to(answer).SerializeToString()
 
     async def _record_events(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        request = record_request_from(parsed(pb.RecordEventsRequest, content))
         if self._recording >= self._config.capacity:
             raise OverloadedError(f"{self._recording} RecordEvents calls are in hand, as many as this server takes")
         self._recording += 1
         try:
+            request = record_request_from(parsed(pb.RecordEventsRequest, content))
             answer, done = self._service.begin_recording(self._reloader.live, request)
             await asyncio.wrap_future(done)
         finally:
@@ -302,12 +304,12 @@ class Server:
         return state_to(self._service.state(self._reloader.live)).SerializeToString()
 
     async def _answer(
-        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float, client: str
+        self, decode: Callable[[], RetrieveRequest | EmbedRequest], context: grpc.aio.ServicerContext, client: str
     ) -> tuple[Answer, ServingSnapshot]:
-        """Answer a request that began to be decoded at `start`."""
-        loop, deadline = asyncio.get_running_loop(), _deadline(context)
+        """Answer a request, which is not even decoded where there is no slot for it: refusing must be cheap."""
+        loop, start, deadline = asyncio.get_running_loop(), time.perf_counter(), _deadline(context)
         with self._batcher.slot(client):
-            serving = self._reloader.live
+            request, serving = decode(), self._reloader.live
             if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
                 # Stored histories may block, and many users take long to check.
                 prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request, start)
