@@ -47,7 +47,7 @@ from tests.rpc import hostile, http2
 __all__ = ["cancel_storm", "honest_calls", "hostile_requests", "send_all"]
 
 _RESULTS = Path(__file__).parent / "results"
-_ITEMS, _REQUESTS, _SECRET_USERS, _CHUNK, _AT_ONCE, _ADMINS = 5_000, 24, 8, 2_000, 64, 4
+_ITEMS, _REQUESTS, _SECRET_USERS, _CHUNK, _AT_ONCE, _ADMINS = 5_000, 24, 8, 2_000, 24, 4
 _SECRET = "canary"
 _SERVICE = pb.DESCRIPTOR.services_by_name["RetrievalService"]
 _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
@@ -88,7 +88,7 @@ def honest_calls(ids: Sequence[int]) -> Good:
     retrieves.append(pb.RetrieveRequest(**stored))
     return {
         "Retrieve": retrieves,
-        "BatchRetrieve": [pb.BatchRetrieveRequest(requests=retrieves), pb.BatchRetrieveRequest(requests=retrieves[:2])],
+        "BatchRetrieve": [pb.BatchRetrieveRequest(requests=retrieves[at : at + 3]) for at in range(0, 12, 3)],
         "EmbedUsers": [pb.EmbedUsersRequest(users=users, request_time=NOW)],
         "RecordEvents": [pb.RecordEventsRequest(events=events)],
         "GetServingState": [pb.GetServingStateRequest()],

@@ -245,5 +245,8 @@ def monsters(ids: Sequence[int], width: int) -> list[tuple[str, bytes]]:
         ("EmbedUsers", pb.EmbedUsersRequest(users=[{"stored_user": {"integer": 1}}] * 256).SerializeToString()),
         ("RecordEvents", pb.RecordEventsRequest(events=[event] * 1_000).SerializeToString()),
         ("RecordEvents", pb.RecordEventsRequest(events=[{}] * 100_000).SerializeToString()),
+        ("BatchRetrieve", b""),
+        ("BatchRetrieve", pb.BatchRetrieveRequest(requests=[{}] * 100_000).SerializeToString()),
+        ("BatchRetrieve", pb.BatchRetrieveRequest(requests=[{"k": 2**31 - 1}] * 20).SerializeToString()),
         ("GetServingState", b"\x08\x01" * 1_000_000),
     ]
