@@ -197,7 +197,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", choices=tuple(PRESETS), help="the encoder and its shape (default: ml1m)")
     group.add_argument("--max-length", type=int, help="tokens of a history that are read (default: the preset's)")
     group.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
-    group.add_argument("--batch-size", type=int, help="users per step (default: 128)")
+    group.add_argument("--batch-size", type=int, help="users, or windows, per step (default: 128)")
+    group.add_argument(
+        "--windows",
+        choices=("last", "all"),
+        help="what is read of a history that is longer than the encoder reads: its end, or all (default: last)",
+    )
     group.add_argument("--learning-rate", type=float, help="highest rate of AdamW (default: 0.001)")
     group.add_argument(
         "--schedule", choices=("constant", "cosine", "linear"), help="how the rate goes on (default: constant)"

@@ -171,10 +171,14 @@ class Learner:
         if self._item_table is not None:
             item_table = self._item_table(table, rows, generator)
         inputs = replace(JaggedTensors.of(batch.inputs, device), items=items.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+        bfloat16 = self._config.precision == "bfloat16"
+        # On a CPU the encoder's products are small: rounding their operands takes longer than it saves.
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and device.type != "cpu"):
             users: Tensor = functional_call(self.encoder, {_TABLE: item_table}, (inputs,))
             if len(asked) < len(users):
                 users = users.index_select(0, asked.to(device))
+            if bfloat16:  # Norms are float32 under autocast, and the loss's products follow the users' type.
+                users = users.bfloat16()
             loss = next_item_loss(
                 users,
                 targets.to(device),
