@@ -47,9 +47,8 @@ class ServerProcess:
 
     def __init__(self, process: "subprocess.Popen[str]", address: str, log: Path) -> None:
         self._process, self.address, self.log, self.pid = process, address, log, process.pid
-        found = _METRICS_LINE.search(log.read_text(encoding="utf-8"))
-        assert found is not None, "the log names the address of the metrics"
-        self._metrics = found[1]
+        # The log may begin with earlier servers.
+        self._metrics = _METRICS_LINE.findall(log.read_text(encoding="utf-8"))[-1]
 
     def metrics(self) -> dict[str, float]:
         """Each sample's value by its name and labels, as Prometheus writes them."""
@@ -139,7 +138,10 @@ def serving_process(
         command = ["taskset", "-c", ",".join(map(str, cores)), *command]
     with (
         log.open("a", encoding="utf-8") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        # A crash says where.
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"PYTHONFAULTHANDLER": "1"}
+        ) as process,
     ):
         try:
             assert process.stdout is not None
