@@ -59,7 +59,8 @@ class Engine:
         total = float(size[1]) * (1024 if "i" in unit else 1000) ** _POWERS[unit[0]]
         self._memory = memory
         self._progress = progress
-        self._connection = duckdb.connect(str(folder / "work.duckdb"))
+        with _translated(memory):
+            self._connection = duckdb.connect(str(folder / "work.duckdb"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         settings = {
             "memory_limit": literal(f"{int(total)}B"),

@@ -59,8 +59,15 @@ def _reason(error: RuntimeError) -> str:
 
 
 def write_index(index: faiss.Index, path: Path) -> None:
-    """Write an index file."""
-    faiss.write_index(index, str(path))
+    """Write an index file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({_reason(error)})") from None
 
 
 def read_index(path: Path, spec: IndexSpec) -> faiss.Index:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from retrieval.config import Config
 from retrieval.encoder.checkpoint import read_info
-from retrieval.errors import CheckpointError, ConfigError, DataError, InputError, NoSnapshotError
+from retrieval.errors import CheckpointError, ConfigError, DataError, InputError, NoSnapshotError, RetrievalError
 from retrieval.files import remove_temporary_files
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
@@ -28,6 +29,7 @@ __all__ = [
     "JUDGED",
     "Clock",
     "alone",
+    "explained",
     "live_snapshot",
     "made_by",
     "name_of_night",
@@ -72,6 +74,21 @@ def _peak_mb() -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses, a full disk for instance, into one sentence.
+
+    Raises:
+        RetrievalError: in place of an error of the system or of a library that writes files.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RetrievalError(f"{error.filename or folder}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise RetrievalError(f"{folder}: a file of weights cannot be written ({error})") from error
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from retrieval.jobs.night import (
     JUDGED,
     Clock,
     alone,
+    explained,
     live_snapshot,
     made_by,
     name_of_night,
@@ -148,9 +149,10 @@ def rebuild(
         GateRefusedError: a gate refused; the live snapshot stays. The report lies in the night's folder.
         HistoryStoreError: the store of histories cannot be written.
         TrainingError: training diverged.
+        RetrievalError: a file cannot be written; run again it goes on.
     """
     clock = Clock(on_stage)
-    with alone(work), registry.lease():
+    with explained(work), alone(work), registry.lease():
         live = live_snapshot(registry)
         last = made_by(registry, live)
         if live is not None and last and last["night"] == name_of_night(sources, config, last["live"]):

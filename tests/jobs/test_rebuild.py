@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval.cli.main import build_parser
+from retrieval.cli.main import build_parser, main
 from retrieval.cli.rebuild import _inputs
 from retrieval.data.dataset import Dataset
 from retrieval.data.ingest import ingest
@@ -29,7 +30,7 @@ from retrieval.jobs.warm_start import carried_over
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
 from retrieval.training.config import TrainConfig
-from tests.jobs.nights import ITEMS, OPTIONS, USERS, gates_of, latest, night, report_of, stored_days, write_log
+from tests.jobs.nights import DAY, ITEMS, OPTIONS, USERS, gates_of, latest, night, report_of, stored_days, write_log
 
 
 def test_the_first_night_is_held_against_popularity(first: Path) -> None:
@@ -242,3 +243,56 @@ def test_another_file_of_items_or_other_options_are_another_night(tmp_path: Path
     assert name("--query-actions") != first
     items.write_text("item_id,title\n1,Two\n")
     assert name() != first
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_night_goes_on_when_there_is_room(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Files may not grow beyond so many bytes: a disk that fills up at another place each time.
+    write_log(root / "log", 5)
+    before, refusals = Registry(root / "registry").current(), set()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for kilobytes in (1, 4, 16, 48, 96, 192):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
+        try:
+            code = night(root / "log", root)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if code == 0:
+            break
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code in (1, 2), said
+        assert said.startswith("retrieval: ")
+        refusals.add(said)
+        assert Registry(root / "registry").current() == before
+    assert len(refusals) > 2, refusals
+    assert code == 0 or night(root / "log", root) == 0
+    live = Registry(root / "registry").current()
+    assert live != before
+    open_snapshot(Registry(root / "registry").folder(live))
+
+
+def test_folders_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = write_log(tmp_path / "log", 2)
+    (tmp_path / "file").write_text("")
+    for work, registry in (("file/work", "registry"), ("work", "file/registry")):
+        options = ["--work", str(tmp_path / work), "--registry", str(tmp_path / registry)]
+        assert main(["rebuild", str(log), *options, *OPTIONS]) == 2
+        assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_clocks_that_jump_by_a_day_change_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wall clocks are told in reports; what a night makes follows from the log."""
+    write_log(root / "log", 5)
+    shutil.copytree(root, tmp_path / "other")
+    (tmp_path / "other" / "log").rename(tmp_path / "other" / "unused")
+    encoders = set()
+    for place, days in ((root, -1), (tmp_path / "other", 1)):
+        real = time.time
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda real=real, days=days: real() + days * DAY)
+            options = ["--work", str(place / "work"), "--registry", str(place / "registry")]
+            assert main(["rebuild", str(root / "log"), *options, *OPTIONS, "--expire-after", "30"]) == 0
+        registry = Registry(place / "registry")
+        encoders.add(registry.manifest(registry.current()).model)
+    assert len(encoders) == 1
