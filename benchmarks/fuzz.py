@@ -170,8 +170,8 @@ def _check_shape(method: str, message: bytes, content: bytes) -> None:
         users = len(pb.EmbedUsersRequest.FromString(message).users)
         embedded = pb.EmbedUsersResponse.FromString(content)
         norms = [
-            sum(value * value for value in embedded.values[at : at + WIDTH])
-            for at in range(0, len(embedded.values), WIDTH)
+            sum(value * value for value in embedded.values[at : at + embedded.width])
+            for at in range(0, len(embedded.values), embedded.width)
         ]
         right = len(norms) == users and all(norm == 0 or abs(norm - 1) < 1e-4 for norm in norms)
     else:
