@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 import grpc
 import numpy as np
 
-__all__ = ["Callers", "Heard", "calling"]
+from benchmarks.server_process import PATIENCE
 
-_TIMEOUT = 60.0
+__all__ = ["Callers", "Heard", "calling"]
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ async def _call(
             while going:
                 begun = time.perf_counter()
                 try:
-                    content = await ask(messages[number % len(messages)], timeout=_TIMEOUT)
+                    content = await ask(messages[number % len(messages)], timeout=PATIENCE)
                 except grpc.aio.AioRpcError as error:
                     heard.failures[f"{error.code().name}: {error.details()}"] += 1
                 else:

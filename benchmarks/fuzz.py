@@ -32,7 +32,7 @@ from google.protobuf.message import Message
 from benchmarks.callers import Heard, calling
 from benchmarks.fault_world import METHOD, NOW, WIDTH, Oracle, ids_of, make_requests, snapshot_writer
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import Series, ServerProcess, free_port, serving_process
+from benchmarks.server_process import PATIENCE, Series, ServerProcess, free_port, serving_process
 from benchmarks.swaps import judge
 from retrieval.histories.event import Event
 from retrieval.histories.recorded import open_histories
@@ -137,7 +137,7 @@ class Judge:
         """
         code, told, content = "OK", "", b""
         try:
-            content = await self._methods[method](message, timeout=60)
+            content = await self._methods[method](message, timeout=PATIENCE)
         except grpc.aio.AioRpcError as error:
             code = error.code().name
             told = f"{error.details()} {error.trailing_metadata()} {error.initial_metadata()}"

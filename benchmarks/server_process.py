@@ -20,7 +20,10 @@ from scipy import stats
 from benchmarks.harness import WrongAnswerError
 from retrieval.cli.serve import READY
 
-__all__ = ["Resources", "Series", "ServerProcess", "Slope", "free_port", "serving_process"]
+__all__ = ["PATIENCE", "Resources", "Series", "ServerProcess", "Slope", "free_port", "serving_process"]
+
+PATIENCE = 900.0
+"""Seconds after which something has failed: the machine may stop all of a benchmark's processes for minutes."""
 
 _METRICS_LINE = re.compile(r"metrics at (http://\S+)")
 _MIB = 2**20
@@ -52,7 +55,7 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """Each sample's value by its name and labels, as Prometheus writes them."""
-        with urllib.request.urlopen(self._metrics, timeout=30) as answer:
+        with urllib.request.urlopen(self._metrics, timeout=PATIENCE) as answer:
             lines = answer.read().decode().splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
@@ -79,7 +82,7 @@ class ServerProcess:
         self._process.kill()
         self._process.wait()
 
-    def wait_until_idle(self, seconds: float = 60) -> None:
+    def wait_until_idle(self, seconds: float = PATIENCE) -> None:
         """Wait until no call is in hand any more.
 
         Raises:
@@ -103,7 +106,7 @@ class ServerProcess:
         """
         if self._process.poll() is not None:
             raise WrongAnswerError(f"the server ended with {self._process.returncode}; see {self.log}")
-        text = self.log.read_text(encoding="utf-8")
+        text = self.log.read_text(encoding="utf-8", errors="replace")
         if "Traceback" in text:
             raise WrongAnswerError(f"a traceback in {self.log}: {text[text.index('Traceback') :][:2000]}")
 
@@ -153,7 +156,7 @@ def serving_process(
             if process.poll() != -signal.SIGKILL:
                 server.check_log()
                 process.terminate()
-                if process.wait(60) != 0:
+                if process.wait(PATIENCE) != 0:
                     raise WrongAnswerError(f"the server ended with {process.returncode}; see {log}")
         finally:
             process.kill()

@@ -31,7 +31,7 @@ from benchmarks.callers import Heard, calling
 from benchmarks.fault_world import METHOD, NOW, Oracle, make_requests
 from benchmarks.fuzz import cancel_storm, honest_calls, hostile_requests, send_all
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import Series, ServerProcess, serving_process
+from benchmarks.server_process import PATIENCE, Series, ServerProcess, serving_process
 from benchmarks.swaps import judge
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import Event, History, RetrievalClient, StoredUser
@@ -88,7 +88,7 @@ class Writer:
     """Records events of one user after another, and asks whether they count."""
 
     def __init__(self, address: str) -> None:
-        self._client, self._user = RetrievalClient(address, timeout=60), 0
+        self._client, self._user = RetrievalClient(address, timeout=PATIENCE), 0
         self.events = 0
 
     def write(self, chance: random.Random) -> None:
@@ -175,7 +175,7 @@ def _publish_damaged(registry: Registry, chance: random.Random) -> str:
 
 
 def _serves(client: RetrievalClient, version: str) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while client.serving_state().snapshot_version != version:
         if time.monotonic() > until:
             raise WrongAnswerError(f"{version} is not served")
@@ -188,7 +188,7 @@ class Soak:
     def __init__(self, folder: Path, server: ServerProcess, oracle: Oracle, nights: Nights, seed: int) -> None:
         self._registry, self._oracle, self._nights = Registry(folder / "registry"), oracle, nights
         self._chance, self._good = random.Random(seed), [self._registry.current()]
-        self._client, self._writer = RetrievalClient(server.address, timeout=60), Writer(server.address)
+        self._client, self._writer = RetrievalClient(server.address, timeout=PATIENCE), Writer(server.address)
         self.swaps = 0
 
     @property

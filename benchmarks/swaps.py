@@ -23,7 +23,7 @@ import torch
 from benchmarks.callers import Heard, calling
 from benchmarks.fault_world import METHOD, Oracle, ids_of, make_requests, snapshot_writer
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import Series, ServerProcess, serving_process
+from benchmarks.server_process import PATIENCE, Series, ServerProcess, serving_process
 from retrieval.rpc.client import RetrievalClient
 from retrieval.snapshot.manifest import FILES, version_number
 from retrieval.snapshot.registry import Registry
@@ -64,7 +64,7 @@ class Swapper:
     def __init__(self, registry: Registry, server: ServerProcess, oracle: Oracle, items: int, seed: int = 0) -> None:
         self._registry, self._server, self._oracle, self._items = registry, server, oracle, items
         self._chance, self._seed = random.Random(seed), seed * 1_000_000
-        self._client = RetrievalClient(server.address, timeout=60)
+        self._client = RetrievalClient(server.address, timeout=PATIENCE)
         # The last one serves, whether or not it has files any more.
         self._good = [registry.current()]
         self._oldest = 0
@@ -122,7 +122,7 @@ class Swapper:
         begun = time.monotonic()
         self._good.append(version)
         while self._client.serving_state().snapshot_version != version:
-            if time.monotonic() - begun > 120:
+            if time.monotonic() - begun > PATIENCE:
                 raise WrongAnswerError(f"{version} is not served; see {self._server.log}")
             time.sleep(0.01)
         self.seconds.append(time.monotonic() - begun)
@@ -133,7 +133,7 @@ class Swapper:
         before, begun = self._server.metrics()[name], time.monotonic()
         self._registry.publish(self._writer(spoil))
         while self._server.metrics()[name] == before:
-            if time.monotonic() - begun > 120:
+            if time.monotonic() - begun > PATIENCE:
                 raise WrongAnswerError(f"a bad version was not refused; see {self._server.log}")
             time.sleep(0.02)
         self._expect_live()
