@@ -383,6 +383,8 @@ def state_to(state: ServingState) -> pb.GetServingStateResponse:
         context=state.context,
         auxiliary=state.auxiliary,
         query_actions=state.query_actions,
+        max_k=state.max_k,
+        max_batch=state.max_batch,
     )
 
 
@@ -403,4 +405,6 @@ def state_from(message: pb.GetServingStateResponse) -> ServingState:
         context=tuple(message.context),
         auxiliary=tuple(message.auxiliary),
         query_actions=message.query_actions,
+        max_k=message.max_k,
+        max_batch=message.max_batch,
     )
