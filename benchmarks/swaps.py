@@ -25,7 +25,7 @@ from benchmarks.fault_world import METHOD, Oracle, ids_of, make_requests, snapsh
 from benchmarks.harness import WrongAnswerError, append_rows, environment
 from benchmarks.server_process import PATIENCE, Series, ServerProcess, serving_process
 from retrieval.rpc.client import RetrievalClient
-from retrieval.snapshot.manifest import FILES, version_number
+from retrieval.snapshot.manifest import MANIFEST, version_number
 from retrieval.snapshot.registry import Registry
 
 __all__ = ["Swapper", "half_uploaded"]
@@ -40,7 +40,8 @@ def half_uploaded(registry: Registry, chance: random.Random) -> Path:
     last = registry.versions()[-1]
     folder = registry.folder(last).parent / f"{version_number(last) + 1:06d}-{chance.getrandbits(48):012x}"
     folder.mkdir()
-    for name in FILES[: chance.randrange(1, len(FILES))]:
+    names = ["encoder.json", "encoder.safetensors", "vocabulary.arrow", "index.faiss"]
+    for name in names[: chance.randrange(1, len(names))]:
         (folder / name).write_bytes(chance.randbytes(10_000))
         time.sleep(2 * _POLL_SECONDS)
     return folder
@@ -144,13 +145,17 @@ class Swapper:
             raise WrongAnswerError(f"{live} is served in place of {self._good[-1]}")
 
     def _damage(self, folder: Path) -> None:
-        path = folder / self._chance.choice(FILES)
+        path = self._file(folder)
         content = bytearray(path.read_bytes())
         content[self._chance.randrange(len(content))] ^= 1 << self._chance.randrange(8)
         path.write_bytes(bytes(content[: self._chance.choice([len(content), len(content) // 2])]))
 
     def _remove(self, folder: Path) -> None:
-        (folder / self._chance.choice(FILES)).unlink()
+        self._file(folder).unlink()
+
+    def _file(self, folder: Path) -> Path:
+        """One that the manifest names."""
+        return self._chance.choice(sorted(path for path in folder.iterdir() if path.name != MANIFEST))
 
 
 def measure(folder: Path, swaps: int, items: int, callers: int, pause: float) -> dict[str, object]:
