@@ -74,7 +74,7 @@ def snapshot_writer(
     def write(folder: Path) -> bytes:
         index = build_index(item_vectors(encoder), IndexSpec())
         manifest = write_snapshot(
-            folder, encoder=encoder, info=info, vocabulary=vocabulary, index=index, spec=IndexSpec(), ann_recall=1.0,
+            folder, encoder=encoder, info=info, vocabulary=vocabulary, index=index, ann_recall=1.0,
             report={},
         )  # fmt: skip
         spoil(folder)
