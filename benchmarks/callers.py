@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection
 import grpc
 import numpy as np
 
-from benchmarks.server_process import PATIENCE
+__all__ = ["PATIENCE", "Callers", "Heard", "calling"]
 
-__all__ = ["Callers", "Heard", "calling"]
+PATIENCE = 900.0
+"""Seconds after which something has failed: the machine may stop all of a benchmark's processes for minutes."""
 
 
 @dataclass(slots=True)

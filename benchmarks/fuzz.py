@@ -29,10 +29,10 @@ import torch
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
-from benchmarks.callers import Heard, calling
+from benchmarks.callers import PATIENCE, Heard, calling
 from benchmarks.fault_world import METHOD, NOW, WIDTH, Oracle, ids_of, make_requests, snapshot_writer
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import PATIENCE, Series, ServerProcess, free_port, serving_process
+from benchmarks.server_process import Series, ServerProcess, free_port, serving_process
 from benchmarks.swaps import judge
 from retrieval.histories.event import Event
 from retrieval.histories.recorded import open_histories

@@ -17,13 +17,11 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from benchmarks.callers import PATIENCE
 from benchmarks.harness import WrongAnswerError
 from retrieval.cli.serve import READY
 
-__all__ = ["PATIENCE", "Resources", "Series", "ServerProcess", "Slope", "free_port", "serving_process"]
-
-PATIENCE = 900.0
-"""Seconds after which something has failed: the machine may stop all of a benchmark's processes for minutes."""
+__all__ = ["Resources", "Series", "ServerProcess", "Slope", "free_port", "serving_process"]
 
 _METRICS_LINE = re.compile(r"metrics at (http://\S+)")
 _MIB = 2**20

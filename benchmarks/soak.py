@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.callers import Heard, calling
+from benchmarks.callers import PATIENCE, Heard, calling
 from benchmarks.fault_world import METHOD, NOW, Oracle, make_requests
 from benchmarks.fuzz import cancel_storm, honest_calls, hostile_requests, send_all
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import PATIENCE, Series, ServerProcess, serving_process
+from benchmarks.server_process import Series, ServerProcess, serving_process
 from benchmarks.swaps import judge
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import Event, History, RetrievalClient, StoredUser

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.callers import Heard, calling
+from benchmarks.callers import PATIENCE, Heard, calling
 from benchmarks.fault_world import METHOD, Oracle, ids_of, make_requests, snapshot_writer
 from benchmarks.harness import WrongAnswerError, append_rows, environment
-from benchmarks.server_process import PATIENCE, Series, ServerProcess, serving_process
+from benchmarks.server_process import Series, ServerProcess, serving_process
 from retrieval.rpc.client import RetrievalClient
 from retrieval.snapshot.manifest import MANIFEST, version_number
 from retrieval.snapshot.registry import Registry
