@@ -3,12 +3,14 @@
 import logging
 import random
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 
 import grpc
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
+from retrieval.histories.recorded import open_histories
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.client import Embedding, RetrievalClient
 from retrieval.rpc.errors import OverloadedError
@@ -29,6 +31,16 @@ def config(world: World, **values: object) -> ServerConfig:
     return ServerConfig.model_validate({"registry": world.registry.location, "port": 0, **values})
 
 
+@pytest.fixture(scope="module")
+def target(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with a store of its own, in which anything may be recorded."""
+    with (
+        closing(open_histories(str(tmp_path_factory.mktemp("hostile") / "store"))) as store,
+        running_server(config(world), store) as address,
+    ):
+        yield address
+
+
 def code_of(channel: grpc.Channel, method: str, message: bytes) -> str:
     try:
         channel.unary_unary(f"/{SERVICE.full_name}/{method}")(message, timeout=20)
@@ -47,17 +59,17 @@ def is_answered(address: str) -> bool:
 
 
 @pytest.mark.parametrize("method", sorted(SERVICE.methods_by_name))
-def test_whatever_hypothesis_makes_of_a_descriptor_is_answered_or_refused(address: str, method: str) -> None:
+def test_whatever_hypothesis_makes_of_a_descriptor_is_answered_or_refused(target: str, method: str) -> None:
     kind = GetMessageClass(SERVICE.methods_by_name[method].input_type)
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(target) as channel:
         for message in hostile.structured(kind, [1, 53], 100, seed=1):
             assert code_of(channel, method, message) in THE_CALLERS, message
 
 
-def test_what_is_large_or_deep_is_answered_or_refused(integer_world: World, address: str) -> None:
+def test_what_is_large_or_deep_is_answered_or_refused(integer_world: World, target: str) -> None:
     ids = [int(item) for item in integer_world.ids([0, 1, 2])]
     options = [("grpc.max_send_message_length", -1)]
-    with grpc.insecure_channel(address, options=options) as channel:
+    with grpc.insecure_channel(target, options=options) as channel:
         for method, message in hostile.monsters(ids, WIDTH):
             assert code_of(channel, method, message) in THE_CALLERS, message[:1000]
 
