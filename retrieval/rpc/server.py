@@ -59,9 +59,9 @@ _log = logging.getLogger(__name__)
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RetrievalService"]
 SERVICE: str = _DESCRIPTOR.full_name
 
-# Calls of one connection, over the server's capacity: above 1, so that calls beyond it are refused and do not wait in
-# their client.
-_STREAMS_PER_SLOT = 4
+# Calls that one connection may have open beyond the server's capacity, to be refused; what is more waits in its client.
+# They are in line before the event loop: were they thousands, each would be past its deadline when its turn comes.
+_STREAMS_BEYOND = 32
 
 # Threads that wait for the history store, which may block on a disk.
 _LOOKUP_THREADS = 4
@@ -127,8 +127,8 @@ class Server:
             ("grpc.keepalive_timeout_ms", silence),
             ("grpc.http2.ping_timeout_ms", silence),
             ("grpc.keepalive_permit_without_calls", 1),
-            # Answers that nobody reads lie in memory: so many of a connection at most.
-            ("grpc.max_concurrent_streams", _STREAMS_PER_SLOT * config.capacity),
+            # Answers that nobody reads lie in memory, too.
+            ("grpc.max_concurrent_streams", config.capacity + _STREAMS_BEYOND),
         ]
         credentials = server_credentials(config.tls) if config.tls is not None else None
 

@@ -112,7 +112,7 @@ def test_answers_that_nobody_takes_hold_no_slot_and_are_limited(integer_world: W
         wait_for(lambda: is_answered(address))
         # Of the server's first frame, SETTINGS: MAX_CONCURRENT_STREAMS, number 3.
         greeting = stack.enter_context(http2.half_open(address, PATH, LARGE, 1)[0]).recv(100)
-        assert b"\x00\x03\x00\x00\x00\x08" in greeting, "four times the capacity"
+        assert b"\x00\x03\x00\x00\x00\x22" in greeting, "the capacity and 32"
 
 
 def test_callers_that_hang_up_or_send_no_text_leave_no_tracebacks_in_the_log(
