@@ -42,7 +42,7 @@ from tests.rpc import http2
 _RESULTS = Path(__file__).parent / "results"
 _USERS, _ITEMS, _DAY, _FIRST_DAYS, _REQUESTS, _WIDTH = 200, 200, 86_400, 4, 36, 48
 _NIGHT = ["--preset", "demo", "--epochs", "6", "--warm-epochs", "1", "--learning-rate", "0.01", "--batch-size", "16"]
-_NIGHT += ["--negatives", "full", "--keep", "40"]
+_NIGHT += ["--negatives", "full", "--keep", "1000"]
 _REFUSED = 3
 _SERVICE = pb.DESCRIPTOR.services_by_name["RetrievalService"]
 
@@ -264,10 +264,11 @@ def measure(folder: Path, minutes: float, seed: int) -> dict[str, object]:
         finally:
             done.set()
             watcher.join()
+            # Also of a run that failed.
+            series.write(folder / "soak.csv")
             bad.end()
         judge(oracle, heard, load.stop())
         server.wait_until_idle()
-    series.write(folder / "soak.csv")
     return {
         "swaps": soak.swaps,
         "nights": nights.outcomes["published"],
