@@ -43,6 +43,7 @@ class Metrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         # Looked up once: `labels` costs more than the observation.
+        self._ended: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._stages = {stage: stages.labels(stage) for stage in _STAGES}
         self._batch_sizes = Histogram(
             "retrieval_batch_size", "Calls per batch.", buckets=_BATCH_SIZES, registry=self.registry
@@ -81,8 +82,11 @@ class Metrics:
 
     def call(self, method: str, code: str, seconds: float) -> None:
         """A call ended with the gRPC status of this name."""
-        self._calls.labels(method, code).inc()
-        self._call_seconds.labels(method).observe(seconds)
+        ended = self._ended.get((method, code))
+        if ended is None:
+            ended = self._ended[method, code] = self._calls.labels(method, code), self._call_seconds.labels(method)
+        ended[0].inc()
+        ended[1].observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """A call was refused; `reason` as in its ErrorInfo."""
