@@ -84,7 +84,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "HSTU, brisk": Entry("ml1m", BRISK | {"epochs": 40}),
     "HSTU-large": Entry("large-ml1m", BRISK | {"epochs": 24}, {"dropout": 0.1}),
-    "HSTU-best": Entry("best-ml1m", BRISK | {"epochs": 18, "validate_every": 6}, {"dropout": 0.1}),
+    "HSTU-best": Entry("best-ml1m", BRISK | {"epochs": 18, "validate_every": 6}),
     "SASRec": Entry("sasrec-ml1m", FULL),
     "GRU4Rec": Entry("gru4rec-ml1m", FULL),
     "BERT4Rec": Entry("bert4rec-ml1m", {"negatives": "full", "epochs": 100}),
