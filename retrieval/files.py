@@ -82,10 +82,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what a process that was killed inside `replacing` left in a folder to which nobody else writes."""
+    """Remove what killed processes left of `replacing` and `new_folder` in a folder to which nobody else writes."""
     for path in folder.glob(f"{_TEMPORARY}*"):
-        if path.is_file():
-            path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
