@@ -49,6 +49,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--warm-epochs", type=int, help="epochs when starting from the live weights (default: 3)")
     parser.add_argument("--finish-epochs", type=int, help="epochs over all events before publishing (default: 1)")
     parser.add_argument(
+        "--history-share",
+        type=float,
+        metavar="SHARE",
+        help="users without new events to train on from the live weights, as a share of those with (default: 0.25)",
+    )
+    parser.add_argument(
         "--hold-out", type=float, metavar="SHARE", help="latest events to judge by where none are new (default: 0.05)"
     )
     parser.add_argument("--keep", type=int, help="snapshots to keep beside the live one (default: 7)")
@@ -80,7 +86,7 @@ def run(parsed: argparse.Namespace) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{parsed.gates}: is not a JSON object")
         gates = GateConfig.parse(values, str(parsed.gates))
-    names = ("full", "warm_epochs", "finish_epochs", "hold_out", "keep")
+    names = ("full", "warm_epochs", "finish_epochs", "history_share", "hold_out", "keep")
     given = {name: value for name in names if (value := getattr(parsed, name)) is not None}
     parts = {"training": train_config(parsed), "index": index_spec(parsed), "gates": gates}
     config = RebuildConfig.parse(given | parts | {"inputs": _inputs(parsed)}, "command line")

@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.data.sequences import TrainingBatch, gather_training, user_histories
 from retrieval.data.splits import Split
@@ -16,9 +18,26 @@ from retrieval.errors import ConfigError
 from retrieval.training.config import TrainConfig
 from retrieval.types import JaggedBatch
 
-__all__ = ["Batches", "Objective", "cloze_batch"]
+__all__ = ["Batches", "Fresh", "Objective", "cloze_batch"]
 
 Objective = Literal["next", "cloze"]
+
+
+class Fresh(Config):
+    """What a run goes on from: events before a moment were learned already, and of these only a sample is met again.
+
+    Users with a training event from the moment on are visited in every epoch. As many of the others as `history_share`
+    says are drawn anew for each: what an epoch costs follows from what is new, not from how long the log is. Whoever is
+    visited is read as far back as the encoder reads, so that old events are targets as well.
+
+    Attributes:
+        since: the moment, seconds.
+        history_share: users without new events in an epoch, as a share of those with; at least as many as fill up its
+            first batch.
+    """
+
+    since: int
+    history_share: float = Field(default=0.25, ge=0)
 
 
 class Batches:
@@ -28,6 +47,7 @@ class Batches:
         dataset: the events.
         split: which of them train. Users with fewer than two training events are left out.
         config: hyperparameters.
+        fresh: which users an epoch visits; None: all.
         objective: "next": each token is followed by its target. "cloze": tokens are masked and to be filled in.
         max_length: most tokens of a history.
         query_actions: whether positions are asked for their target's action.
@@ -41,6 +61,7 @@ class Batches:
         dataset: Dataset,
         split: Split,
         config: TrainConfig,
+        fresh: Fresh | None = None,
         *,
         objective: Objective,
         max_length: int,
@@ -51,7 +72,13 @@ class Batches:
         self._action_weights = _weights_of(dataset, config.action_weights)
         self._ends = split.train_ends
         self._users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
-        self.per_epoch = math.ceil(len(self._users) / config.batch_size)
+        self._others, self._drawn = self._users[:0], 0
+        if fresh is not None:
+            new = dataset.events.timestamps[split.train_ends[self._users] - 1] >= fresh.since
+            self._users, self._others = self._users[new], self._users[~new]
+            wanted = max(math.ceil(fresh.history_share * len(self._users)), config.batch_size - len(self._users))
+            self._drawn = min(wanted, len(self._others))
+        self.per_epoch = math.ceil((len(self._users) + self._drawn) / config.batch_size)
 
     def from_step(self, first: int) -> Iterator[tuple[int, TrainingBatch]]:
         """Number and contents of each step from `first` (counted from 0) to the last."""
@@ -59,10 +86,17 @@ class Batches:
         for step in range(first, self.per_epoch * self._config.epochs):
             epoch, place = divmod(step, self.per_epoch)
             if step == first or place == 0:
-                order = np.random.default_rng([self._config.seed, epoch]).permutation(self._users)
+                order = self._order(np.random.default_rng([self._config.seed, epoch]))
             # The third number keeps these draws apart from those of the order.
             rng = np.random.default_rng([self._config.seed, step, 1])
             yield step, self._cut(order[place * size : (place + 1) * size], rng)
+
+    def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Users of an epoch, in the order in which they are visited."""
+        if not self._drawn:
+            return rng.permutation(self._users)
+        drawn = rng.choice(self._others, self._drawn, replace=False)
+        return rng.permutation(np.concatenate([self._users, drawn]))
 
     def _cut(self, users: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
         events, weights = self._dataset.events, self._action_weights

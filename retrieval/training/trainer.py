@@ -22,7 +22,7 @@ from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import ConfigError, InputError, TrainingError, TrainingStoppedError
 from retrieval.files import remove_temporary_files
-from retrieval.training.batches import Batches
+from retrieval.training.batches import Batches, Fresh
 from retrieval.training.config import TrainConfig
 from retrieval.training.learner import Learner, StepOutcome
 from retrieval.training.state import load_state, save_state
@@ -87,6 +87,7 @@ def train(
     run_dir: Path,
     *,
     initial: Mapping[str, Tensor] | None = None,
+    fresh: Fresh | None = None,
     validate: Validate | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
@@ -104,6 +105,7 @@ def train(
         config: hyperparameters.
         run_dir: folder of this run.
         initial: weights to start from, a state of this encoder by name; None draws them.
+        fresh: what of the split was learned already, where the run goes on from that; None: nothing.
         validate: called after every `config.validate_every` epochs and after the last; the encoder that it likes best
             is the one that is kept. Without it the last one is. It must not depend on anything but the encoder.
         resume: continue the run in `run_dir` if it holds one.
@@ -139,6 +141,7 @@ def train(
         dataset,
         split,
         config,
+        fresh,
         objective=encoder.objective,
         max_length=encoder_config.max_length,
         query_actions=encoder_config.query_actions,
@@ -150,7 +153,10 @@ def train(
     learner = Learner(encoder, config, counts, steps, features)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
-    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, _fingerprint(initial))
+    started_from: dict[str, Any] = {"initial": _fingerprint(initial)}
+    if fresh is not None:
+        started_from["fresh"] = fresh.model_dump()
+    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, started_from)
     if (run_dir / _STATE).exists():
         run.load()
     with SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.progress.step) as log, stop_request() as request:
@@ -208,7 +214,7 @@ class _Run:
         run_dir: Path,
         learner: Learner,
         validate: Validate | None,
-        initial: str | None,
+        started_from: Mapping[str, Any],
     ) -> None:
         self.progress = _Progress()
         self._dataset, self._split, self._encoder_config, self._config = dataset, split, encoder_config, config
@@ -221,7 +227,7 @@ class _Run:
             "dataset": dataset.info.fingerprint,
             "split": split.info.model_dump(),
             "validation": validate is not None,
-            "initial": initial,
+            **started_from,
         }
 
     @property

@@ -25,6 +25,7 @@ from retrieval.files import sha256_of
 from retrieval.histories.recorded import open_histories
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs import rebuild as module
+from retrieval.jobs.night import alone, name_of_night
 from retrieval.jobs.publish import Candidate, build_candidate
 from retrieval.jobs.warm_start import carried_over
 from retrieval.snapshot.registry import Registry
@@ -129,6 +130,20 @@ def test_the_next_night_starts_from_the_live_weights_and_is_held_against_it(
     assert set(held_out) == {"candidate", "popularity", "live"}
     snapshot = open_snapshot(registry.folder(registry.current()))
     assert snapshot.vocabulary.rows_of([ITEMS + 2]).min() >= 0, "an item that is new tonight can be retrieved"
+
+
+def test_a_warm_night_costs_what_is_new_and_a_share_of_the_rest(root: Path) -> None:
+    # Half of the users are back; of the 60 others six are met again. An epoch of everybody has 8 batches.
+    write_log(root / "log", 5)
+    lines = (root / "log" / "day-04.csv").read_text().splitlines()
+    back = [line for line in lines if line.startswith("user") or int(line.split(",")[0]) < USERS // 2]
+    (root / "log" / "day-04.csv").write_text("\n".join(back) + "\n")
+    assert night(root / "log", root, "--history-share", "0.1") == 0
+    (folder,) = (root / "work").glob("night-*")
+    steps = [
+        json.loads((folder / name / "encoder.json").read_text())["training"]["steps"] for name in ("judged", "final")
+    ]
+    assert steps == [2 * 5, 5]
 
 
 def test_a_night_that_is_run_again_does_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +254,7 @@ def test_weights_follow_ids_and_names_to_their_new_rows(root: Path) -> None:
 
 def test_two_rebuilds_at_once_are_one_too_many(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = Registry(root / "registry")
-    for folder, held in ((root / "work", module._alone(root / "work")), (root / "registry", registry.lease())):
+    for folder, held in ((root / "work", alone(root / "work")), (root / "registry", registry.lease())):
         with held:
             assert night(root / "log", root) == 2
             assert f"{folder}: another rebuild is at work" in capsys.readouterr().err
@@ -282,7 +297,7 @@ def test_another_file_of_items_or_other_options_are_another_night(tmp_path: Path
         command = ["rebuild", str(log), "--registry", "r", "--work", "w", "--items", str(items), *OPTIONS, *options]
         parts = {"training": TrainConfig(), "index": IndexSpec()}
         config = module.RebuildConfig.parse(parts | {"inputs": _inputs(build_parser().parse_args(command))}, "test")
-        return module._name_of_night(log, config, None)
+        return name_of_night(log, config, None)
 
     first = name()
     assert name() == first

@@ -7,7 +7,7 @@ import pytest
 
 from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.errors import ConfigError
-from retrieval.training.batches import Batches, cloze_batch
+from retrieval.training.batches import Batches, Fresh, cloze_batch
 from retrieval.training.config import TrainConfig
 from retrieval.types import JaggedBatch
 from tests.support import cyclic_histories, write_dataset
@@ -63,3 +63,25 @@ def test_a_weight_for_what_is_not_a_positive_action_is_refused(tmp_path: Path) -
     split = split_dataset(dataset, SplitInfo(protocol="all"))
     with pytest.raises(ConfigError, match="action_weights: 'buy' is not a positive action"):
         Batches(dataset, split, TrainConfig(action_weights={"buy": 2}), objective="next", max_length=8)
+
+
+@pytest.mark.parametrize(("share", "others"), [(0.0, 1), (1.0, 3), (99.0, 17)])
+def test_an_epoch_visits_users_with_new_events_and_a_sample_of_the_others(
+    tmp_path: Path, share: float, others: int
+) -> None:
+    # User u does something at 1,000 u, so that the last three of twenty have events from 17,000 on.
+    histories = [[(user, 1, 1000 * user + step) for step in range(3)] for user in range(20)]
+    dataset = write_dataset(tmp_path / "d", histories, range(20))
+    split = split_dataset(dataset, SplitInfo(protocol="all"))
+    fresh = Fresh(since=17_000, history_share=share)
+    config = TrainConfig(epochs=3, batch_size=4)
+    batches = Batches(dataset, split, config, fresh, objective="next", max_length=8)
+    assert batches.per_epoch == -(-(3 + others) // 4)
+    visited = [np.unique(batch.inputs.items).tolist() for _, batch in batches.from_step(0)]
+    starts = range(0, len(visited), batches.per_epoch)
+    epochs = [[user for step in visited[at : at + batches.per_epoch] for user in step] for at in starts]
+    for users in epochs:
+        assert len(users) == len(set(users)) == 3 + others
+        assert {17, 18, 19} <= set(users)
+    if others < 17:
+        assert len({tuple(sorted(users)) for users in epochs}) > 1, "the sample is drawn anew"

@@ -1,0 +1,146 @@
+"""What a night's candidate is held against, and what the gates say of it."""
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.data.dataset import Dataset
+from retrieval.data.sequences import user_histories
+from retrieval.data.splits import Queries, Split, training_counts
+from retrieval.encoder.inference import embed_users, item_vectors
+from retrieval.encoder.protocol import UserEncoder
+from retrieval.evaluation.gates import GateConfig, GateResult, at_least, at_most, not_worse
+from retrieval.evaluation.metrics import evaluate_ranks
+from retrieval.evaluation.ranking import query_batches, rank_by_scores
+from retrieval.jobs.publish import Candidate, current_user_embeddings
+from retrieval.jobs.warm_start import live_histories, live_ranks
+from retrieval.snapshot.store import Snapshot
+
+__all__ = ["figures", "held_out_ranks", "quality_gates", "snapshot_gates"]
+
+_SAMPLE = 500
+_DEPTH = 100
+_SEARCHES = 50
+
+
+def held_out_ranks(
+    dataset: Dataset, split: Split, candidate: UserEncoder, live: Snapshot | None
+) -> dict[str, NDArray[np.int64]]:
+    """Rank of each held-out event's item, int64 `[Q]`: of the candidate, of popularity, and of the live snapshot."""
+    popularity = training_counts(dataset, split).astype(np.float32)
+    ranks = {"candidate": _ranks(dataset, split.test, candidate)}
+    ranks["popularity"] = _popularity_ranks(dataset, split.test, candidate.config.max_length, popularity)
+    if live is not None:
+        ranks["live"] = live_ranks(dataset, split.test, live)
+    return ranks
+
+
+def _ranks(dataset: Dataset, queries: Queries, encoder: UserEncoder) -> NDArray[np.int64]:
+    """Exact rank of each query's target, `[Q]`."""
+    vectors = item_vectors(encoder)
+    ranks = np.empty(len(queries), np.int64)
+    for batch in query_batches(dataset, queries, encoder.config.max_length):
+        users = embed_users(encoder, batch.histories)
+        ranks[batch.place] = rank_by_scores(
+            batch,
+            len(vectors),
+            lambda part, users=users: users[part] @ vectors.T,  # type: ignore[misc]
+        )
+    return ranks
+
+
+def _popularity_ranks(
+    dataset: Dataset, queries: Queries, max_length: int, counts: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    ranks = np.empty(len(queries), np.int64)
+    for batch in query_batches(dataset, queries, max_length):
+        ranks[batch.place] = rank_by_scores(
+            batch, len(counts), lambda part: np.tile(counts, (part.stop - part.start, 1))
+        )
+    return ranks
+
+
+def figures(ranks: NDArray[np.int64], k: int) -> dict[str, Any]:
+    """Recall, NDCG and MRR for the report, each with its interval."""
+    return {name: estimate.model_dump() for name, estimate in evaluate_ranks(ranks, sorted({10, k, 200})).items()}
+
+
+def quality_gates(ranks: dict[str, NDArray[np.int64]], config: GateConfig) -> list[GateResult]:
+    """Recall and NDCG on the held-out events against the live snapshot, or on a first night against popularity."""
+    rival, words = ("live", "the live snapshot") if "live" in ranks else ("popularity", "popularity")
+    hits = {name: (found <= config.k).astype(float) for name, found in ranks.items()}
+    gains = {name: hits[name] / np.log2(found + 1.0) for name, found in ranks.items()}
+    return [
+        not_worse(f"recall@{config.k}", hits["candidate"], hits[rival], words, config),
+        not_worse(f"ndcg@{config.k}", gains["candidate"], gains[rival], words, config),
+    ]
+
+
+def snapshot_gates(
+    dataset: Dataset, candidate: Candidate, live: Snapshot | None, config: GateConfig
+) -> list[GateResult]:
+    """What the snapshot itself must show."""
+    users = current_user_embeddings(dataset, candidate.encoder)[:_SAMPLE]
+    norms = np.linalg.norm(np.concatenate([candidate.vectors, users]), axis=1)
+    worst = float(np.abs(norms - 1).max()) if np.isfinite(norms).all() else -1.0
+    results = [
+        GateResult(
+            gate="norms", passed=0 <= worst < 1e-3, figure=worst, limit=1e-3, note="every embedding has length 1"
+        ),
+        at_least(
+            "ann-recall",
+            candidate.ann_recall,
+            config.min_ann_recall,
+            f"recall@100 of the index against exact search: {candidate.ann_recall:.4f}",
+        ),
+    ]
+    if not results[0].passed:
+        return results
+    seconds = _search_seconds(candidate, users)
+    note = f"median of single searches: {1000 * seconds:.2f} ms"
+    results.append(at_most("latency", 1000 * seconds, config.max_search_ms, note))
+    if live is None:
+        return results
+    share = len(candidate.vocabulary) / len(live.vocabulary)
+    note = f"{len(candidate.vocabulary):,} items, the live snapshot has {len(live.vocabulary):,}"
+    results.append(at_least("catalogue", share, config.min_catalogue, note))
+    ours, theirs = _answers(dataset, candidate, live)
+    coverage = len(set().union(*ours)) / max(1, len(set().union(*theirs)))
+    note = f"{coverage:.2f} times as many different items in the first {_DEPTH} of {len(ours)} users"
+    results.append(at_least("coverage", coverage, config.min_coverage, note))
+    overlap = float(np.mean([len(mine & old) / max(1, len(old)) for mine, old in zip(ours, theirs, strict=True)]))
+    note = f"{overlap:.3f} of the live snapshot's first {_DEPTH} come up again"
+    results.append(at_least("overlap", overlap, config.min_overlap, note))
+    return results
+
+
+def _search_seconds(candidate: Candidate, users: NDArray[np.float32]) -> float:
+    k = min(_DEPTH, len(candidate.vectors))
+    seconds = []
+    candidate.searcher.search(users[:1], [k])
+    for user in users[:_SEARCHES]:
+        begun = time.perf_counter()
+        candidate.searcher.search(user[None], [k])
+        seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds))
+
+
+def _answers(
+    dataset: Dataset, candidate: Candidate, live: Snapshot
+) -> tuple[list[set[int | str]], list[set[int | str]]]:
+    """Ids of the first items for some users as they stand now: the candidate's and the live snapshot's."""
+    users = np.arange(len(dataset))[:: max(1, len(dataset) // _SAMPLE)][:_SAMPLE]
+    # A request right after each user's last event, which is then the end of the history.
+    ends = dataset.offsets[users + 1]
+    times = dataset.events.timestamps[ends - 1].astype(np.int64)
+    histories = user_histories(dataset, users, ends, times, candidate.encoder.config.max_length)
+    found = candidate.searcher.search(
+        embed_users(candidate.encoder, histories), [min(_DEPTH, len(candidate.vectors))] * len(users)
+    )
+    ours: list[set[int | str]] = [set(candidate.vocabulary.ids_of(rows[rows >= 0])) for rows in found.rows]
+    past, known = live_histories(dataset, live, users, ends, times)
+    found = live.searcher.search(embed_users(live.encoder, past), [min(_DEPTH, len(live.vocabulary))] * len(past))
+    theirs: list[set[int | str]] = [set(live.vocabulary.ids_of(rows[rows >= 0])) for rows in found.rows]
+    return [ours[place] for place in known], theirs
