@@ -5,6 +5,7 @@ nothing of it runs afterwards, and what it wrote stays as the kernel has it.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -51,7 +52,7 @@ class Fork:
 
 def started(run: Callable[[], int], output: Path) -> Fork:
     """Run something in a fork whose standard output and error go to a file; its result is the exit code."""
-    # A thread of this process would be missing in the fork, with whatever lock it holds. jemalloc takes care of its own.
+    # A thread of this process would be missing in the fork, with whatever lock it holds; jemalloc minds its own.
     threads = [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
     if sorted(threads, key=lambda name: name == _HARMLESS)[1:] not in ([], [_HARMLESS]):
         raise RuntimeError(f"only a process of one thread can be forked, not {threads}: set OPENBLAS_NUM_THREADS=1")
@@ -124,8 +125,7 @@ def at_operation(root: Path, number: int) -> None:
 
 def at_stage(number: int) -> None:
     """Let this process kill itself as the so many-th stage of a night begins, counted from 0."""
-    from retrieval.cli import rebuild
-
+    rebuild: Any = importlib.import_module("retrieval.cli.rebuild")
     left, say = iter(range(number)), rebuild.say
 
     def count(text: str) -> None:

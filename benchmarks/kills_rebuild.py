@@ -1,11 +1,11 @@
-"""`retrieval rebuild` is killed everywhere, starved, locked out and raced: what is live is whole, a rerun ends the same.
+"""`retrieval rebuild` is killed, starved, locked out and raced: what is live is whole, and a rerun ends the same.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.kills_rebuild --work /tmp/kills [--kills 200] [--scenarios operations random …]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.kills_rebuild --work /tmp/kills [--kills 200] [--scenarios random …]
 
 A night of a small synthetic world, with histories, follows a first one; both are first run without a hitch. Then, each
 time from a copy of what the first night left, by scenario:
 
-operations  killed right before a change to a file: every n-th of all that the night makes, n so that there are --kills/2
+operations  killed right before a change to a file: all that the night makes, or every n-th, for --kills/2 of them
 stages      killed as each stage begins
 random      killed at a random moment; a third of the reruns too
 fresh       the same with processes started from the shell (the others are forks of one that has torch imported)
@@ -66,7 +66,7 @@ OPTIONS = "--preset demo --epochs 2 --warm-epochs 1 --batch-size 32 --num-negati
 SCENARIOS = ("operations", "stages", "random", "fresh", "s3", "first", "full", "readonly", "clock", "two")
 # What a night imports late: forks then have it.
 _IMPORTED = (duckdb, lmdb, torch._dynamo, retrieval.jobs.rebuild)
-_USERS = range(0, 150, 10)
+_USERS = [f"u{number:06d}" for number in range(0, 150, 10)]
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
@@ -147,9 +147,14 @@ class Place:
         def look() -> list[Any]:
             with closing(open_histories(str(self.folder / "histories"))) as store:
                 read = [store.read(user) for user in _USERS]
-            return [None if one is None else [list(one.item_ids), one.timestamps.tolist()] for one in read]
+            return [
+                None if one is None else [[str(item) for item in one.items], [int(time) for time in one.timestamps]]
+                for one in read
+            ]
 
-        return asked(look, self.output())
+        found = asked(look, self.output())
+        assert any(found), "none of these users is known"
+        return found
 
     def left_over(self) -> list[str]:
         """Temporary files and folders, and nights that are no longer tonight's."""
@@ -267,7 +272,7 @@ def operations(sweep: Sweep, trials: int) -> Iterator[Callable[[], int]]:
 
     def record() -> None:
         descriptor = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        killed.operations(place.folder, lambda what: os.write(descriptor, f"{what}\n".encode()) and None)
+        killed.operations(place.folder, partial(_note, descriptor))
 
     _expect(place.fork(record), 0)
     total = len(seen.read_text().splitlines())
@@ -286,6 +291,10 @@ def operations(sweep: Sweep, trials: int) -> Iterator[Callable[[], int]]:
 
     for number in range(0, total, max(1, total // trials)):
         yield partial(trial, number)
+
+
+def _note(descriptor: int, what: str) -> None:
+    os.write(descriptor, f"{what}\n".encode())
 
 
 def stages(sweep: Sweep, trials: int) -> Iterator[Callable[[], int]]:
@@ -312,7 +321,8 @@ def at_random(sweep: Sweep, trials: int, kind: str) -> Iterator[Callable[[], int
         # Files keep their times: a clock that is wrong does not change those of the log.
         shift = {"LD_PRELOAD": str(_FAKETIME), "NO_FAKE_STAT": "1", "FAKETIME": f"{'+-'[number % 2]}1d"}
         shift["DONT_FAKE_MONOTONIC"] = "1"
-        start, again = place.fork, place.fork
+        start: Callable[[], Fork] = place.fork
+        again = start
         if kind in ("fresh", "clock"):
             start = again = place.fresh
         if kind == "clock":

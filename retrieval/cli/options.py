@@ -197,6 +197,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", choices=tuple(PRESETS), help="the encoder and its shape (default: ml1m)")
     group.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
     group.add_argument("--batch-size", type=int, help="users per step (default: 128)")
+    group.add_argument(
+        "--visit-order", choices=("random", "time"), help="of users; time suits streams (default: random)"
+    )
     group.add_argument("--learning-rate", type=float, help="highest rate of AdamW (default: 0.001)")
     group.add_argument(
         "--schedule", choices=("constant", "cosine", "linear"), help="how the rate goes on (default: constant)"

@@ -15,7 +15,7 @@ from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError
-from retrieval.files import replacing, sha256_of, write_atomically
+from retrieval.files import os_errors, replacing, sha256_of, write_atomically
 from retrieval.types import TokenKind
 
 __all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "save_checkpoint"]
@@ -51,7 +51,7 @@ class CheckpointInfo(Config):
 def save_checkpoint(folder: Path, encoder: UserEncoder, info: CheckpointInfo) -> None:
     """Write both files; a crash between them leaves a pair that `load_checkpoint` refuses, never a mixed one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    with replacing(folder / _WEIGHTS) as temporary:
+    with replacing(folder / _WEIGHTS) as temporary, os_errors(folder / _WEIGHTS, SafetensorError):
         save_file(tensors, temporary)
     bound = info.model_copy(update={"weights_sha256": sha256_of(folder / _WEIGHTS)})
     write_atomically(folder / _JSON, bound.model_dump_json(indent=2).encode())

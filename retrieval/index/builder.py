@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
+from retrieval.files import os_errors
 from retrieval.index.spec import IndexSpec
 
 __all__ = ["apply_search_parameters", "build_index", "read_index", "write_index"]
@@ -59,8 +60,13 @@ def _reason(error: RuntimeError) -> str:
 
 
 def write_index(index: faiss.Index, path: Path) -> None:
-    """Write an index file."""
-    faiss.write_index(index, str(path))
+    """Write an index file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with os_errors(path, RuntimeError):
+        faiss.write_index(index, str(path))
 
 
 def read_index(path: Path, spec: IndexSpec) -> faiss.Index:

@@ -22,6 +22,7 @@ __all__ = ["carried_over", "live_histories", "live_ranks", "live_rows"]
 
 _ITEMS, _SIDE = "item_embedding.weight", "side_embedding.weight"
 _ACTIONS = ("action_embedding.weight", "query_embedding.weight")
+_POPULARITY = "popularity"
 _QUERIES_AT_ONCE = 256
 
 
@@ -66,7 +67,7 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
             if name in old:
                 codes = _live_codes(dataset, live)
                 weights[codes >= 0] = old[name][codes[codes >= 0]]
-        else:
+        elif name != _POPULARITY:  # which training takes from tonight's events
             weights.copy_(old[name])
     return new
 

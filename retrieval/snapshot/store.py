@@ -109,7 +109,7 @@ def write_snapshot(
         trained_on=trained_on,
         items=len(vocabulary),
         vocabulary=vocabulary.fingerprint,
-        width=info.encoder.width,
+        width=info.encoder.vector_width,
         index=spec,
         ann_recall=ann_recall,
         gates=tuple(gates),
@@ -148,7 +148,7 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
     vectors = item_vectors(encoder)
     _check_together(folder, vocabulary, info, index, vectors)
     promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
-    if (len(vocabulary), info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
+    if (len(vocabulary), info.encoder.vector_width, info.weights_sha256, vocabulary.fingerprint) != promised:
         raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
     backend = FaissBackend(index, vectors, manifest.index)
@@ -176,7 +176,7 @@ def _check_together(
         SnapshotCorruptError: the parts do not belong together.
     """
     sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
-    if len(set(sizes.values())) > 1 or info.encoder.width != index.d:
+    if len(set(sizes.values())) > 1 or info.encoder.vector_width != index.d:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
     for name in ("events", "popularity"):
         if name not in vocabulary.attributes:

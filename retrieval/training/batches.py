@@ -93,10 +93,12 @@ class Batches:
 
     def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """Users of an epoch, in the order in which they are visited."""
-        if not self._drawn:
-            return rng.permutation(self._users)
         drawn = rng.choice(self._others, self._drawn, replace=False)
-        return rng.permutation(np.concatenate([self._users, drawn]))
+        order = rng.permutation(np.concatenate([self._users, drawn]))
+        if self._config.visit_order == "random":
+            return order
+        last = self._dataset.events.timestamps[self._ends[order] - 1]
+        return order[np.argsort(last, kind="stable")]
 
     def _cut(self, users: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
         events, weights = self._dataset.events, self._action_weights

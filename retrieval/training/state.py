@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retrieval.errors import CheckpointError
-from retrieval.files import replacing
+from retrieval.files import os_errors, replacing
 
 __all__ = ["load_state", "save_state"]
 
@@ -27,7 +27,7 @@ def save_state(
     Tensors on the CPU are written from where they are: a table of gigabytes is not copied.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(file) as path:
+    with replacing(file) as path, os_errors(file, SafetensorError):
         save_file(ready, path, metadata={"settings": json.dumps(settings), "progress": json.dumps(progress)})
 
 

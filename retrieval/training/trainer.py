@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from retrieval.data.dataset import Dataset
 from retrieval.data.item_features import item_features
+from retrieval.data.popularity import log_popularity
 from retrieval.data.splits import Split, training_counts
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
@@ -137,6 +138,9 @@ def train(
     encoder = build_encoder(encoder_config).to(device)
     if initial is not None:
         encoder.load_state_dict(dict(initial))
+    if encoder.popularity is not None:
+        _check_popularity(config)
+        encoder.popularity.copy_(config.temperature * torch.from_numpy(log_popularity(dataset, split)))
     batches = Batches(
         dataset,
         split,
@@ -183,6 +187,22 @@ def train(
                 message = f"{done}; saved: run it again to go on (train: with --resume)"
                 raise TrainingStoppedError(message, request.signal)
     return run.finish(device)
+
+
+def _check_popularity(config: TrainConfig) -> None:
+    """Scores with a part for popularity need the rest to be learned without it.
+
+    Against negatives that are drawn by popularity Q, u·e/τ learns log P(item | user) − log Q(item) + a constant; so
+    u·e + τ·log Q of today ranks by what P is with the popularity of today.
+
+    Raises:
+        ConfigError: they would have popularity twice.
+    """
+    if config.negatives not in ("in-batch", "popularity") or config.log_q != "none":
+        raise ConfigError(
+            "popularity: is added to what is learned, which then must not hold it: draw negatives in-batch or by "
+            "popularity, without log_q"
+        )
 
 
 def _fingerprint(weights: Mapping[str, Tensor] | None) -> str | None:
