@@ -3,6 +3,7 @@
 #   make test                                                    the tests
 #   make check                                                   lint, types and tests
 #   make gpu-check [GPU_PYTHON=python3] [ARGS=--quick]           tests and timings on a GPU; says so where there is none
+#   make gpu-tune [GPU_PYTHON=python3] [ARGS='--widths 64']      measure the kernels' launches on this GPU and keep the best
 PYTHON ?= python3
 VENV ?= .venv
 # Packages beside the core: `cpu` (faiss-cpu) or `gpu` (faiss-gpu), and what tests and checks need.
@@ -35,6 +36,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python protos/check.py
 
 types: setup
 	$(BIN)/mypy
@@ -43,11 +45,15 @@ check: lint types test
 
 
 # GPU_PYTHON: a Python that has the packages already, in place of the virtual environment.
-.PHONY: gpu-check
+.PHONY: gpu-check gpu-tune
 gpu-check: $(if $(GPU_PYTHON),,setup)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(ARGS)
 
-# The gRPC stubs are committed; a test compares them with what the proto gives.
+gpu-tune: $(if $(GPU_PYTHON),,setup)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.tune_kernels $(ARGS)
+
+# The gRPC stubs are committed; a test compares them with what the proto gives. `make lint` compares the proto with the
+# interface that was released, protos/v1.binpb.
 stubs: setup
 	$(BIN)/python protos/generate.py
 

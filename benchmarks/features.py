@@ -4,21 +4,21 @@
 
 A tenth of the items has no event in the training log. Cold: each user's last event on such an item is to be found among
 the hidden items alone, from the user's other events before it; the encoder has learned from later ones of this and
-other users too, as in leave-one-out. Among them a random order finds K / items, and popularity in training tells
-nothing. Warm: the protocol `stable` on the log without them. `--quick` takes an eighth of the users.
+other users too, as in leave-one-out. Beside it a random order, and popularity in the whole log, which no rebuild could
+know. Warm: the protocol `stable` on the log without them; differences are to ids alone with the same seed over the same
+users. Intervals are 95% over users. `--every n` takes the users whose id is a multiple of n.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import append_rows, environment
+from benchmarks.ranks import columns_of, ranks_of
 from retrieval.data.dataset import Dataset
 from retrieval.data.ingest import EventSchema, ItemSchema, ingest
 from retrieval.data.item_features import ItemFeatureSchema
@@ -27,97 +27,143 @@ from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.presets import PRESETS
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.evaluation.offline import evaluate
+from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.training.config import TrainConfig
 from retrieval.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "features.csv"
-ATTRIBUTES = ItemFeatureSchema.model_validate(
-    {"attributes": {"genres": {"kind": "set"}, "title": {"kind": "text", "buckets": 8192}}}
-)
+KS = (10, 50)
+
+
+def _schema(**values: object) -> ItemFeatureSchema:
+    attributes = {"genres": {"kind": "set"}, "title": {"kind": "text", "buckets": 8192}}
+    return ItemFeatureSchema.model_validate({"attributes": attributes} | values)
+
+
+VARIANTS = {
+    "id alone": None,
+    "id, genres, title": _schema(),
+    "id_dropout 0": _schema(id_dropout=0),
+    "id_dropout 0.3": _schema(id_dropout=0.3),
+    "min_count 20": _schema(min_count=20),
+    "min_count 20, overflow 256": _schema(min_count=20, overflow=256),
+}
 
 
 def main() -> None:
-    """Train with and without attributes and write a row for each."""
+    """Train each variant for each seed and write a row for each, and one for popularity and a random order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratings", type=Path, required=True, help="the recovered Parquet file")
     parser.add_argument("--movies", type=Path, required=True, help="movies.dat")
-    parser.add_argument("--work", type=Path, required=True, help="new folder for datasets and training runs")
+    parser.add_argument("--work", type=Path, required=True, help="folder for datasets and training runs")
     parser.add_argument("--preset", default="ml1m", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--quick", action="store_true", help="an eighth of the users")
+    parser.add_argument("--every", type=int, default=1, help="takes one user in so many (default: 1)")
+    parser.add_argument("--variants", nargs="+", type=int, default=list(range(len(VARIANTS))), help="by their places")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
-    parsed.work.mkdir(parents=True)
+    parsed.work.mkdir(parents=True, exist_ok=True)
     log = pq.read_table(parsed.ratings)
-    if parsed.quick:
-        log = log.filter(pc.equal(pc.bit_wise_and(log["user_id"], 7), 0))
-    items = pc.unique(log["item_id"]).to_numpy()
+    log = log.filter(np.asarray(log["user_id"]) % parsed.every == 0)
+    items, counts = np.unique(log["item_id"].to_numpy(), return_counts=True)
     hidden = np.sort(np.random.default_rng(0).choice(items, len(items) // 10, replace=False))
     is_hidden = np.isin(log["item_id"].to_numpy(), hidden)
     pq.write_table(log.filter(~is_hidden), parsed.work / "warm.parquet")
     movies = ItemSchema(columns=("item_id", "title", "genres"), encoding="latin-1")
     schema = EventSchema(order="seq_pos")
     warm_log, folder = parsed.work / "warm.parquet", parsed.work / "warm"
-    dataset = ingest(warm_log, folder, schema=schema, items=parsed.movies, item_schema=movies)
+    dataset = ingest(warm_log, folder, schema=schema, items=parsed.movies, item_schema=movies, replace=True)
+    split = split_dataset(dataset, SplitInfo(protocol="stable"))
     asked = log.filter(is_hidden).sort_by([("user_id", "ascending"), ("seq_pos", "ascending")])
     users, item, times = (asked[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
     last = np.flatnonzero(np.diff(users, append=-1))
+    cold = _ColdQueries(dataset, users[last], item[last], times[last], hidden)
+    popular = cold.popularity_ranks(counts[np.searchsorted(items, hidden)])
+    common: dict[str, object] = {"users": f"one in {parsed.every}", "preset": parsed.preset, "epochs": parsed.epochs}
+    common["batch"] = parsed.batch_size
+    same = np.ones(len(split.test), np.int64)
+    none = dict.fromkeys(columns_of(same, same, KS), "")
+    found: dict[str, object] = {"cold_queries": len(popular), "warm_queries": len(split.test)}
+    chance = {f"cold_recall@{k}": f"{min(1, k / len(hidden)):.4f}" for k in KS}
+    for name, row in (("random order", chance), ("popularity in the whole log", _cold_columns(popular))):
+        _write(parsed.out, common | {"items": name, "seed": ""} | found | row | none)
     for seed in parsed.seeds:
-        for name, features in (("id alone", None), ("id, genres, title", ATTRIBUTES)):
-            config = TrainConfig(epochs=parsed.epochs, seed=seed, item_features=features)
-            split = split_dataset(dataset, SplitInfo(protocol="stable"))
+        base = None
+        for name in (list(VARIANTS)[place] for place in parsed.variants):
+            config = TrainConfig(
+                epochs=parsed.epochs,
+                batch_size=parsed.batch_size,
+                learning_rate=0.002,
+                schedule="cosine",
+                seed=seed,
+                item_features=VARIANTS[name],
+            )
             shape = PRESETS[parsed.preset](num_items=len(dataset.vocabulary))
-            kept = train(dataset, split, shape, config, parsed.work / f"{name.replace(', ', '-')}-{seed}")
-            vectors, embed = item_vectors(kept), partial(embed_users, kept)
-            warm = evaluate(dataset, split, embed, vectors, shape.max_length).row(shape.title).metrics
-            ranks = _cold_ranks(dataset, kept, users[last], item[last], times[last], hidden)
-            row = {
-                "data": "an eighth of the users" if parsed.quick else "all users",
-                "preset": parsed.preset,
-                "epochs": parsed.epochs,
-                "items": name,
-                "seed": seed,
-                "cold_queries": len(ranks),
-                "cold_recall@10": f"{(ranks <= 10).mean():.4f}",
-                "cold_recall@50": f"{(ranks <= 50).mean():.4f}",
-                "random_recall@10": f"{10 / len(hidden):.4f}",
-                "random_recall@50": f"{50 / len(hidden):.4f}",
-                "warm_queries": len(split.test),
-                "warm_recall@10": f"{warm['recall@10'].mean:.4f}",
-                "warm_recall@50": f"{warm['recall@50'].mean:.4f}",
-            }
-            print(row, flush=True)
-            append_rows(parsed.out, [row | environment(torch.device("cpu"))])
+            run = parsed.work / f"{list(VARIANTS).index(name)}-{seed}"
+            kept = train(dataset, split, shape, config, run, resume=True)
+            ranks = ranks_of(dataset, split.test, kept)
+            base = ranks if base is None else base
+            row = _cold_columns(cold.ranks(kept)) | columns_of(ranks, base, KS)
+            _write(parsed.out, common | {"items": name, "seed": seed} | found | row)
 
 
-def _cold_ranks(
-    dataset: Dataset,
-    encoder: UserEncoder,
-    users: NDArray[np.int64],
-    items: NDArray[np.int64],
-    times: NDArray[np.int64],
-    hidden: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """Rank of each item to find among the hidden ones, for users with an event before it; ties count against it."""
-    known = dataset.users_named(users.tolist())
-    users, items, times, known = (one[known >= 0] for one in (users, items, times, known))
-    starts, ends = dataset.offsets[known], dataset.offsets[known + 1]
-    stamps = dataset.events.timestamps
-    spans = zip(starts, ends, times, strict=True)
-    ends = np.array([start + np.searchsorted(stamps[start:end], time) for start, end, time in spans])
-    starts, ends, items, times = (one[ends > starts] for one in (starts, ends, items, times))
-    candidates = item_vectors(encoder)[dataset.vocabulary.rows_of(hidden)]
-    ranks = []
-    for at in range(0, len(items), 128):
-        part = slice(at, at + 128)
-        times_B = times[part].astype(np.int64)
-        batch = gather_histories(dataset.events, starts[part], ends[part], times_B, encoder.config.max_length)
-        scores = embed_users(encoder, batch) @ candidates.T
-        target = scores[np.arange(len(scores)), np.searchsorted(hidden, items[part])]
-        ranks.append((scores >= target[:, None]).sum(1))
-    return np.concatenate(ranks)
+def _write(out: Path, row: dict[str, object]) -> None:
+    print(row, flush=True)
+    append_rows(out, [row | environment(torch.device("cpu"))])
+
+
+def _cold_columns(ranks: NDArray[np.int64]) -> dict[str, object]:
+    found = {k: evaluate_ranks(ranks, KS)[f"recall@{k}"] for k in KS}
+    return {f"cold_recall@{k}": f"{one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]" for k, one in found.items()}
+
+
+class _ColdQueries:
+    """Users' last events on hidden items, those with an event before it.
+
+    Args:
+        dataset: the log without hidden items.
+        users, items, times: whose event, on what, when: ids and seconds, `[Q]`.
+        hidden: ids of the hidden items, ascending, `[H]`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        users: NDArray[np.int64],
+        items: NDArray[np.int64],
+        times: NDArray[np.int64],
+        hidden: NDArray[np.int64],
+    ) -> None:
+        known = dataset.users_named(users.tolist())
+        users, items, times, known = (one[known >= 0] for one in (users, items, times, known))
+        starts, ends = dataset.offsets[known], dataset.offsets[known + 1]
+        stamps = dataset.events.timestamps
+        spans = zip(starts, ends, times, strict=True)
+        ends = np.array([start + np.searchsorted(stamps[start:end], time) for start, end, time in spans])
+        asked = ends > starts
+        self._dataset, self._hidden = dataset, hidden
+        self._starts, self._ends, self._times = starts[asked], ends[asked], times[asked].astype(np.int64)
+        self._targets = np.searchsorted(hidden, items[asked])
+
+    def ranks(self, encoder: UserEncoder) -> NDArray[np.int64]:
+        """Rank of each item to find among the hidden ones; ties count against it."""
+        candidates = item_vectors(encoder)[self._dataset.vocabulary.rows_of(self._hidden)]
+        ranks = []
+        for at in range(0, len(self._targets), 128):
+            part = slice(at, at + 128)
+            span = (self._starts[part], self._ends[part], self._times[part])
+            batch = gather_histories(self._dataset.events, *span, encoder.config.max_length)
+            scores = embed_users(encoder, batch) @ candidates.T
+            target = scores[np.arange(len(scores)), self._targets[part]]
+            ranks.append((scores >= target[:, None]).sum(1))
+        return np.concatenate(ranks)
+
+    def popularity_ranks(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rank of each item to find by events of the hidden items, int64 `[H]`; ties count against it."""
+        found: NDArray[np.int64] = (counts >= counts[self._targets, None]).sum(1)
+        return found
 
 
 if __name__ == "__main__":

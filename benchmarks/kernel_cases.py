@@ -21,7 +21,7 @@ from retrieval.kernels.softmax_loss import softmax_loss
 from retrieval.kernels.softmax_loss_reference import softmax_loss_reference
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS, time_bucket_reference
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "Case", "attention_case"]
 
 Makers = list[Callable[[], "Case"]]
 
@@ -101,7 +101,7 @@ class _Rows:
         return (shift + torch.arange(len(shift))).to(device)
 
 
-def _attention(
+def attention_case(
     kind: str, longest: int, tokens: int, width: int, bias: bool, dtype: torch.dtype, device: torch.device
 ) -> Case:
     """HSTU attention, heads 4, divided by the longest row."""
@@ -248,14 +248,14 @@ def _attention_cases(device: torch.device, quick: bool) -> Makers:
     makers: Makers = []
     for longest in sizes:
         for width in widths:
-            makers += [partial(_attention, "full", longest, tokens, width, b, half, device) for b in (True, False)]
+            makers += [partial(attention_case, "full", longest, tokens, width, b, half, device) for b in (True, False)]
             makers.append(partial(_sdpa, longest, tokens, width, half, device))
     for kind in ("uniform", "log-normal", "one-long"):
-        makers.append(partial(_attention, kind, jagged[0], tokens, jagged[1], True, half, device))
+        makers.append(partial(attention_case, kind, jagged[0], tokens, jagged[1], True, half, device))
     if device.type == "cuda":
         # The published ML-1M models: head sizes that are no powers of two.
         for width in (25, 50):
-            makers.append(partial(_attention, "log-normal", 200, 128 * 130, width, True, torch.float32, device))
+            makers.append(partial(attention_case, "log-normal", 200, 128 * 130, width, True, torch.float32, device))
     return makers
 
 

@@ -114,7 +114,7 @@ def _rebuild(parsed: argparse.Namespace, log: Path, name: str) -> _Run:
             Registry(parsed.work / name / "registry"),
             parsed.work / name / "work",
             config,
-            ingest=lambda out: ingest(log, out, schema=SCHEMA),
+            ingest=lambda out, known: ingest(log, out, schema=SCHEMA, known=known),
             encoder_config=lambda dataset: PRESETS[parsed.preset](num_items=len(dataset.vocabulary)),
             on_stage=lambda stage: marks.append((stage, time.process_time())),
         )
@@ -157,9 +157,9 @@ def _evaluate(
     recent = dataset.events.timestamps >= midnight - 3600
     recent &= dataset.events.timestamps < midnight
     counts = np.bincount(dataset.events.items[recent], minlength=len(dataset.vocabulary)).astype(np.float32)
-    ranks["popularity of 1 hour"] = _scored(dataset, asked, _constant(counts))
-    ranks["popularity"] = _scored(dataset, asked, _constant(recent_popularity(dataset, split).counts))
-    ranks["item-kNN"] = _scored(dataset, asked, ItemKNN(dataset, split))
+    ranks["popularity of 1 hour"] = scored(dataset, asked, constant(counts))
+    ranks["popularity"] = scored(dataset, asked, constant(recent_popularity(dataset, split).counts))
+    ranks["item-kNN"] = scored(dataset, asked, ItemKNN(dataset, split))
     early = dataset.events.timestamps[asked.targets] < midnight + 3 * 3600
     rows = []
     for when, part in (("day", np.ones(len(asked), bool)), ("first 3 hours", early)):
@@ -176,11 +176,13 @@ def _first_time(day: Path) -> int:
     return int(pc.min(pq.read_table(day, columns=["timestamp_ms"])["timestamp_ms"]).as_py()) // 1000
 
 
-def _constant(counts: NDArray[np.float32]) -> Scorer:
+def constant(counts: NDArray[np.float32]) -> Scorer:
+    """Scores that are the same for everybody."""
     return lambda histories: np.tile(counts, (len(histories), 1))
 
 
-def _scored(dataset: Dataset, asked: Queries, score: Scorer) -> NDArray[np.int64]:
+def scored(dataset: Dataset, asked: Queries, score: Scorer) -> NDArray[np.int64]:
+    """Exact rank of each query's target, `[Q]`."""
     ranks = np.empty(len(asked), np.int64)
     for batch in query_batches(dataset, asked, 200):
         ranks[batch.place] = rank_by_scores(
@@ -194,12 +196,13 @@ def _scored(dataset: Dataset, asked: Queries, score: Scorer) -> NDArray[np.int64
 def _row(night: int, name: str, ranks: NDArray[np.int64], warm: NDArray[np.int64]) -> dict[str, object]:
     found = evaluate_ranks(ranks, KS)
     row: dict[str, object] = {"night": night, "ranker": name, "queries": len(ranks)}
-    row |= {f"recall@{k}": _brief(found[f"recall@{k}"]) for k in KS}
+    row |= {f"recall@{k}": brief(found[f"recall@{k}"]) for k in KS}
     ahead = {k: paired_difference((warm <= k).astype(float), (ranks <= k).astype(float)) for k in KS}
-    return row | {f"warm_ahead@{k}": "" if name == "warm" else _brief(ahead[k]) for k in KS}
+    return row | {f"warm_ahead@{k}": "" if name == "warm" else brief(ahead[k]) for k in KS}
 
 
-def _brief(one: Estimate) -> str:
+def brief(one: Estimate) -> str:
+    """A mean and its interval, for a table."""
     return f"{one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]"
 
 

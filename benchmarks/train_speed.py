@@ -1,9 +1,10 @@
 """Speed of training: tokens per second, where a step's time goes, and how near that is to the machine's limit.
 
-    python -m benchmarks.train_speed [--quick] [--threads 2]
+    python -m benchmarks.train_speed [--quick] [--threads 2] [--series depth catalogue length]
 
-Three series: 2 and 8 layers on sequences like MovieLens-1M's; catalogues up to 5 million items; sequences up to 4096
-tokens. Every configuration's loss is compared with the reference kernels' before it is timed.
+Three series: 2 and 8 layers on sequences like MovieLens-1M's, with bfloat16 products too; catalogues up to 5 million
+items; sequences up to 4096 tokens. Every configuration's loss is compared with the reference kernels' before it is
+timed.
 
 The limit is the model's arithmetic over the measured rate of a large matrix product. Counted are the products of the
 linear layers, of attention over the pairs that a token really sees, and of the loss over what it contrasts with: once
@@ -29,7 +30,7 @@ from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import HSTUConfig
 from retrieval.encoder.presets import hstu_large_ml1m, hstu_ml1m
-from retrieval.training.config import TrainConfig
+from retrieval.training.config import Precision, TrainConfig
 from retrieval.training.learner import Learner
 from retrieval.types import EventColumns
 
@@ -50,7 +51,10 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration; `length` None has the lengths of MovieLens-1M."""
+    """One configuration; `length` None has the lengths of MovieLens-1M.
+
+    With bfloat16 the fraction of the limit is of float32's, as all others are.
+    """
 
     series: str
     layers: int
@@ -58,6 +62,7 @@ class Case:
     negatives: str
     count: int
     length: int | None = None
+    precision: Precision = "float32"
 
     def encoder(self) -> HSTUConfig:
         """The encoder that is trained."""
@@ -73,6 +78,7 @@ class Case:
 CASES = (
     *(Case("depth", layers, 3883, "uniform", 128) for layers in (2, 8)),
     *(Case("depth", layers, 3883, "full", 0) for layers in (2, 8)),
+    *(Case("depth", layers, 3883, "full", 0, precision="bfloat16") for layers in (2, 8)),
     *(Case("catalogue", 2, items, "uniform", 512) for items in (4_000, 100_000, 5_000_000)),
     *(Case("length", 2, 3883, "uniform", 128, length) for length in (50, 200, 1024, 4096)),
 )
@@ -83,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, small catalogues, no rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--series", nargs="+", choices=(series := ("depth", "catalogue", "length")), default=series)
     parser.add_argument("--note", default="", help="state of the machine, kept with the rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
@@ -95,7 +102,7 @@ def main() -> None:
             append_rows(parsed.out, [row | environment(torch.device("cpu"))])
         return
     for index, case in enumerate(CASES):
-        if not (parsed.quick and case.items > 200_000):
+        if case.series in parsed.series and not (parsed.quick and case.items > 200_000):
             subprocess.run(
                 [sys.executable, "-m", "benchmarks.train_speed", *sys.argv[1:], "--case", str(index)], check=True
             )
@@ -103,7 +110,7 @@ def main() -> None:
 
 def _measure(case: Case, *, quick: bool) -> dict[str, object]:
     config = case.encoder()
-    training = TrainConfig(negatives=case.negatives, num_negatives=max(1, case.count))
+    training = TrainConfig(negatives=case.negatives, num_negatives=max(1, case.count), precision=case.precision)
     torch.manual_seed(0)
     encoder = build_encoder(config)
     batches = [_batch(case, seed) for seed in range(3 if quick else 10)]
@@ -126,6 +133,7 @@ def _measure(case: Case, *, quick: bool) -> dict[str, object]:
         "items": case.items,
         "negatives": case.negatives if case.negatives == "full" else f"{case.negatives} {case.count}",
         "length": case.length or "ml-1m",
+        "precision": case.precision,
         "tokens_per_step": tokens // len(batches),
         "tokens_per_second": round(tokens / seconds),
         "step_ms": round(1000 * seconds / len(batches), 1),

@@ -10,9 +10,12 @@ so that a program may hold these stubs and its own of the same proto.
 import sys
 from pathlib import Path
 
+import grpc_tools
 from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
+# Protobuf's own: durations and such.
+WELL_KNOWN = Path(grpc_tools.__file__).with_name("_proto")
 STUBS = PROTOS.parent / "retrieval" / "rpc" / "_generated"
 
 
@@ -24,7 +27,13 @@ def generate(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     protos = [path.relative_to(PROTOS).as_posix() for path in sorted(PROTOS.rglob("*.proto"))]
-    arguments = [f"--proto_path={PROTOS}", f"--python_out={folder}", f"--pyi_out={folder}", *protos]
+    arguments = [
+        f"--proto_path={PROTOS}",
+        f"--proto_path={WELL_KNOWN}",
+        f"--python_out={folder}",
+        f"--pyi_out={folder}",
+        *protos,
+    ]
     if protoc.main(["protoc", *arguments]) != 0:
         raise RuntimeError(f"protoc failed on {', '.join(protos)}")
 

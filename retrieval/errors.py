@@ -22,6 +22,7 @@ __all__ = [
     "TrainingError",
     "TrainingStoppedError",
     "UnknownUserError",
+    "UnknownVersionError",
 ]
 
 
@@ -94,6 +95,10 @@ class HistoryCorruptError(RetrievalError):
 
 class SnapshotError(RetrievalError):
     """A snapshot or registry cannot be read or written."""
+
+
+class UnknownVersionError(SnapshotError):
+    """A registry has no such version, or it is about to be removed."""
 
 
 class SnapshotCorruptError(SnapshotError):

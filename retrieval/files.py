@@ -1,6 +1,5 @@
 """Durable files: everything that another process may read appears whole or not at all."""
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +13,6 @@ __all__ = [
     "fsync_folder",
     "locked",
     "new_folder",
-    "os_errors",
     "remove_temporary_files",
     "replacing",
     "sha256_of",
@@ -63,19 +61,6 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[N
 def _fsync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-@contextmanager
-def os_errors(path: Path, failure: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises when it cannot write a file, of a full disk for instance, into an OSError like others.
-
-    Raises:
-        OSError: the library failed; it tells why in words alone.
-    """
-    try:
-        yield
-    except failure as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 @contextmanager

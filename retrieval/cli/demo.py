@@ -141,11 +141,10 @@ def _train(parsed: argparse.Namespace, dataset: "Dataset", config: "TrainConfig"
     from retrieval.data.splits import SplitInfo, split_dataset
 
     split = split_dataset(dataset, SplitInfo(protocol="paper"))
-    preset = parsed.preset or ("ml1m" if parsed.events else "demo")
     train_with_progress(
         dataset,
         split,
-        encoder_config(dataset, preset, query_actions=parsed.query_actions),
+        encoder_config(dataset, parsed, preset="ml1m" if parsed.events else "demo"),
         config,
         run_dir,
         device=device,

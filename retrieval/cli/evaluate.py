@@ -58,7 +58,8 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
     from retrieval.evaluation.offline import evaluate
     from retrieval.index.backend import FaissBackend
     from retrieval.index.searcher import Searcher
-    from retrieval.jobs.publish import built_index, current_user_embeddings, load_trained
+    from retrieval.jobs.index_choice import built_index
+    from retrieval.jobs.publish import current_user_embeddings, load_trained
 
     encoder, info = load_trained(dataset, run_dir)
     split_info = SplitInfo.parse(info.split, str(run_dir))
@@ -66,7 +67,8 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
         raise InputError(f"{run_dir}: was trained on every event, so none is left to evaluate on")
     split = split_dataset(dataset, split_info)
     vectors = item_vectors(encoder)
-    index, spec, _ = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
+    built = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
+    index, spec = built.index, built.spec
     searcher = Searcher(FaissBackend(index, vectors, spec), dataset.vocabulary.rank_by_id)
     with progress("evaluate") as update:
         return evaluate(

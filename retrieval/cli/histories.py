@@ -46,7 +46,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "events",
         type=Path,
         metavar="FILE",
-        help='JSON lines: {"user": ID, "item": ID, "timestamp": SECONDS}, maybe "action": NAME, "event_id": TEXT',
+        help='JSON lines: {"user": ID, "item": ID, "timestamp": SECONDS}, maybe "action": NAME, "event_id": TEXT, '
+        '"context" and "auxiliary": {NAME: VALUE}, with which "item" may be missing',
     )
     add_connection_options(action)
     action.set_defaults(run=_record)
@@ -72,14 +73,24 @@ def _show(parsed: argparse.Namespace) -> None:
     if history is None:
         raise UnknownUserError(f"{parsed.store}: has no history of user {parsed.user!r}")
     rows = list(zip(history.timestamps.tolist(), list(history.items), history.actions, strict=True))
+    series = {name: list(zip(*one.lists(), strict=True)) for name, one in history.auxiliary.items()}
     if parsed.json:
         events = [{"item": _plain(item), "timestamp": time, "action": action} for time, item, action in rows]
-        print(json.dumps({"user": parsed.user, "events": events}))
+        beside = {"context": dict(history.context), "auxiliary": series}
+        print(json.dumps({"user": parsed.user, "events": events, **beside}))
         return
     table = Table("time (UTC)", "item", "action")
     for time, item, action in rows:
-        table.add_row(f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}", str(item), action)
+        table.add_row(_shown(time), str(item), action)
     OUT.print(table)
+    for name, value in history.context.items():
+        OUT.print(f"{name}: {value}")
+    for name, points in series.items():
+        OUT.print(f"{name}: " + ", ".join(f"{value or '(other)'} from {_shown(time)}" for time, value in points))
+
+
+def _shown(time: int) -> str:
+    return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _plain(item: object) -> int | str:
@@ -98,6 +109,10 @@ def _record(parsed: argparse.Namespace) -> None:
         say(f"{unknown:,} of them are of items that the catalogue does not have")
 
 
+def _texts(values: dict[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
+
+
 def _read(path: Path) -> "Iterator[Event]":
     from retrieval.histories.event import Event
 
@@ -110,14 +125,17 @@ def _read(path: Path) -> "Iterator[Event]":
                     values = json.loads(line)
                     yield Event(
                         user_id=values["user"],
-                        item_id=values["item"],
+                        item_id=values.get("item"),
                         timestamp=int(values["timestamp"]),
                         action=str(values.get("action", "")),
                         event_id=str(values.get("event_id", "")),
+                        context=_texts(values.get("context", {})),
+                        auxiliary=_texts(values.get("auxiliary", {})),
                     )
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise InputError(
-                        f"{path}: line {number} is not a JSON object with user, item and timestamp"
+                        f"{path}: line {number} is not a JSON object with user and timestamp, and item, context or "
+                        "auxiliary"
                     ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None

@@ -10,6 +10,8 @@ from retrieval.cli.console import OUT, progress
 from retrieval.cli.options import add_features_option, add_json_option, existing_path
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from retrieval.data.dataset import Dataset
 
 __all__ = ["add_event_options", "add_parser", "ingest_with_progress"]
@@ -81,11 +83,15 @@ def ingest_with_progress(
     out: Path,
     *,
     items: Path | None = None,
+    known: "pa.Array | None" = None,
     memory: str = "2GB",
     replace: bool = False,
     **schema: Any,
 ) -> "Dataset":
-    """Ingest by the options of `add_event_options`; `items` and `schema` are what holds where they say nothing."""
+    """Ingest by the options of `add_event_options`; `items` and `schema` are what holds where they say nothing.
+
+    `known` is as for `ingest`.
+    """
     from retrieval.data.features import FeatureSchema
     from retrieval.data.ingest import EventSchema, ItemSchema, UserSchema, ingest
 
@@ -118,6 +124,7 @@ def ingest_with_progress(
             users=parsed.users,
             user_schema=UserSchema.parse({k: v for k, v in people.items() if v is not None}, "command line"),
             features=FeatureSchema.load(parsed.features) if parsed.features is not None else None,
+            known=known,
             memory=memory,
             replace=replace,
             # Each stage counts to 1; only the last one ends the bar.

@@ -195,10 +195,16 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     # Defaults live in TrainConfig alone: an option that is not given is not passed on.
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=tuple(PRESETS), help="the encoder and its shape (default: ml1m)")
+    group.add_argument("--max-length", type=int, help="tokens of a history that are read (default: the preset's)")
     group.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
-    group.add_argument("--batch-size", type=int, help="users per step (default: 128)")
+    group.add_argument("--batch-size", type=int, help="users, or windows, per step (default: 128)")
     group.add_argument(
         "--visit-order", choices=("random", "time"), help="of users; time suits streams (default: random)"
+    )
+    group.add_argument(
+        "--windows",
+        choices=("last", "all"),
+        help="what is read of a history that is longer than the encoder reads: its end, or all (default: last)",
     )
     group.add_argument("--learning-rate", type=float, help="highest rate of AdamW (default: 0.001)")
     group.add_argument(
@@ -233,6 +239,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="ACTION=WEIGHT",
         help="weight of a positive action as a target, e.g. purchase=3 (default: 1); may be repeated",
+    )
+    group.add_argument(
+        "--layout",
+        choices=("joined", "interleaved"),
+        help="an event as one token of item and action, or as two (default: joined)",
     )
     group.add_argument("--query-actions", action="store_true", help="let requests name the action that is to follow")
     group.add_argument(

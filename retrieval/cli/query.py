@@ -44,6 +44,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--exclude", default="", metavar="IDS", help="items to leave out, by comma")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out every item of the history")
     parser.add_argument("--filter", metavar="TEXT", help='condition on attributes: "year >= 1990 and kids = true"')
+    parser.add_argument("--exact", action="store_true", help="score every eligible item instead of asking the index")
+    parser.add_argument("--debug", action="store_true", help="also tell how the answer came about")
     add_connection_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -70,6 +72,8 @@ def run(parsed: argparse.Namespace) -> None:
                 include_titles=True,
                 filter=parsed.filter,
                 action=parsed.action,
+                exact=parsed.exact,
+                debug=parsed.debug,
             )
 
         history = _read_history(parsed.history) if parsed.history is not None else History([], []) if context else None
@@ -81,14 +85,30 @@ def run(parsed: argparse.Namespace) -> None:
             assert history is not None
             answer = ask(history)
     if parsed.json:
-        print(json.dumps(asdict(answer) | {"source": answer.source.value}))
+        print(json.dumps(asdict(answer) | {"source": answer.source.value, "debug": _debug(answer)}))
         return
     OUT.print(candidate_table(answer))
     say(f"snapshot {answer.snapshot_version}, source {answer.source.name.lower()}")
     if answer.shortfall:
         say(f"{answer.shortfall} fewer than asked for: no more items are eligible")
+    if answer.cold_items:
+        say(f"{len(answer.cold_items)} of the items had no event yet")
     if answer.unknown_items:
         say(f"{answer.unknown_items} events of the history are of items that the catalogue does not have")
+
+    if debug := _debug(answer):
+        say(", ".join(f"{name} {value}" for name, value in debug.items()))
+
+
+def _debug(answer: "Retrieved") -> dict[str, str | int] | None:
+    """How an answer came about, for people and as JSON; None if it does not tell."""
+    if answer.debug is None:
+        return None
+    told = asdict(answer.debug) | {"plan": answer.debug.plan.value if answer.debug.plan is not None else "popular"}
+    return {
+        name.replace("_seconds", "_ms"): round(1000 * value, 3) if name.endswith("_seconds") else value
+        for name, value in told.items()
+    }
 
 
 def candidate_table(answer: "Retrieved", title_width: int | None = None) -> Table:

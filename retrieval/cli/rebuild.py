@@ -24,6 +24,9 @@ from retrieval.cli.options import (
 from retrieval.cli.train import encoder_config
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from retrieval.data.dataset import Dataset
     from retrieval.jobs.rebuild import Night
 
 __all__ = ["add_parser"]
@@ -57,6 +60,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--hold-out", type=float, metavar="SHARE", help="latest events to judge by where none are new (default: 0.05)"
     )
+    expiry = parser.add_argument_group("which items leave the answers; they stay in users' histories")
+    expiry.add_argument(
+        "--expire-after", type=float, metavar="DAYS", help="whose last event is longer before the log's (default: none)"
+    )
+    expiry.add_argument(
+        "--expires", metavar="COLUMN", help="by a column of --items with the time from which on an item is none"
+    )
+    expiry.add_argument("--expire-unlisted", action="store_true", help="that --items does not name")
     parser.add_argument("--keep", type=int, help="snapshots to keep beside the live one (default: 7)")
     parser.add_argument("--gates", type=Path, metavar="FILE", help="limits as JSON, see docs/rebuild.md")
     parser.add_argument("--memory", default="2GB", help="memory that reading and sorting may use (default: 2GB)")
@@ -88,7 +99,8 @@ def run(parsed: argparse.Namespace) -> None:
         gates = GateConfig.parse(values, str(parsed.gates))
     names = ("full", "warm_epochs", "finish_epochs", "history_share", "hold_out", "keep")
     given = {name: value for name in names if (value := getattr(parsed, name)) is not None}
-    parts = {"training": train_config(parsed), "index": index_spec(parsed), "gates": gates}
+    expiry = {"unseen_days": parsed.expire_after, "column": parsed.expires, "unlisted": parsed.expire_unlisted}
+    parts = {"training": train_config(parsed), "index": index_spec(parsed), "gates": gates, "expiry": expiry}
     config = RebuildConfig.parse(given | parts | {"inputs": _inputs(parsed)}, "command line")
     device = pick_device(parsed.device)
     with opened_histories(parsed.histories) as histories, progress("train") as update:
@@ -96,19 +108,21 @@ def run(parsed: argparse.Namespace) -> None:
         def on_step(step: StepReport) -> None:
             update(step.step, step.steps, f"loss {step.loss:.3f}")
 
+        def ingest(out: Path, known: "pa.Array") -> "Dataset":
+            return ingest_with_progress(parsed, parsed.events, out, known=known, memory=parsed.memory)
+
         night = rebuild(
             parsed.events,
             Registry(parsed.registry),
             parsed.work,
             config,
-            ingest=lambda out: ingest_with_progress(parsed, parsed.events, out, memory=parsed.memory),
-            encoder_config=lambda dataset: encoder_config(
-                dataset, parsed.preset or "ml1m", query_actions=parsed.query_actions
-            ),
+            ingest=ingest,
+            encoder_config=lambda dataset: encoder_config(dataset, parsed),
             histories=histories,
             dry_run=parsed.dry_run,
             device=device,
             on_stage=lambda name: say(f"{name} …"),
+            on_note=say,
             on_step=on_step,
         )
     if parsed.json:
@@ -134,10 +148,15 @@ def _show(night: "Night") -> None:
     if not night.report:
         OUT.print("no event is newer than the live snapshot: nothing to do (--full rebuilds all the same)")
         return
+    vocabulary = night.report["vocabulary"]
+    changes = ", ".join(f"{vocabulary[name]:,} {name}" for name in ("new", "back", "gone") if vocabulary[name])
     table = Table("gate", "", "what was found")
     for gate in night.report["gates"]:
         table.add_row(gate["gate"], "passed" if gate["passed"] else "refused", gate["note"])
     OUT.print(table)
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in night.report["seconds"].items())
     OUT.print(f"from {night.report['start']}; {stages}")
+    OUT.print(
+        f"{vocabulary['items']:,} items{': ' if changes else ''}{changes}; report: {night.folder / 'report.html'}"
+    )
     OUT.print(f"{night.version} is live" if night.version else "not published: this was a dry run")

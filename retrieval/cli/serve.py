@@ -11,6 +11,7 @@ from retrieval.cli.options import (
     opened_histories,
     pick_device,
 )
+from retrieval.errors import InputError
 
 __all__ = ["READY", "add_parser"]
 
@@ -24,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "serve",
         help="answer Retrieve calls over gRPC",
         description="Serve a registry's live snapshot and follow it: a newly published snapshot takes over without a "
-        "lost call. Ends on SIGTERM or SIGINT after the calls in hand.",
+        "lost call, at once on SIGHUP. Ends on SIGTERM or SIGINT after the calls in hand.",
     )
     parser.add_argument("registry", metavar="REGISTRY", help=f"{REGISTRY_HELP}; may still be empty")
     parser.add_argument(
@@ -34,6 +35,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=50051, help="port to listen on, 0 for a free one (default: 50051)")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="port of Prometheus metrics (default: none)")
+    parser.add_argument(
+        "--health-port", type=int, metavar="PORT", help="port of the health service alone, in the clear (default: none)"
+    )
+    parser.add_argument("--admin-port", type=int, metavar="PORT", help="port of the admin service (default: none)")
+    parser.add_argument("--admin-host", default="127.0.0.1", help="address of the admin service (default: 127.0.0.1)")
+    parser.add_argument("--admin-tokens", type=Path, metavar="FILE", help="bearer tokens of the admin service")
     parser.add_argument("--poll-seconds", type=float, default=5, help="time between two looks at REGISTRY (default: 5)")
     parser.add_argument("--tls-cert", type=Path, metavar="PEM", help="server certificate; read again when it changes")
     parser.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
@@ -61,6 +68,10 @@ def run(parsed: argparse.Namespace) -> None:
     from retrieval.rpc.logs import set_up_logs
     from retrieval.rpc.server import ServerConfig, run_server
 
+    admin = {"port": parsed.admin_port, "host": parsed.admin_host, "tokens": parsed.admin_tokens}
+    if parsed.admin_port is None and parsed.admin_tokens is not None:
+        raise InputError("--admin-tokens: there is no admin service without --admin-port")
+
     set_up_logs(parsed.log_format, parsed.log_level.upper())
     tls = {"cert": parsed.tls_cert, "key": parsed.tls_key, "client_ca": parsed.tls_client_ca}
     values = {
@@ -76,6 +87,8 @@ def run(parsed: argparse.Namespace) -> None:
         "recall_share": parsed.recall_share,
         "drain_seconds": parsed.drain_seconds,
         "metrics_port": parsed.metrics_port,
+        "health_port": parsed.health_port,
+        "admin": admin if parsed.admin_port is not None else None,
         "device": pick_device(parsed.device),
         "poll_seconds": parsed.poll_seconds,
     }

@@ -51,7 +51,13 @@ def _list(parsed: argparse.Namespace) -> None:
     table = Table("version", "created", "items", "index", "recall@100", "live")
     for version, manifest in manifests.items():
         mark = "live" if version == live else ""
-        row = (version, manifest.created, f"{manifest.items:,}", str(manifest.index), f"{manifest.ann_recall:.3f}")
+        row = (
+            version,
+            manifest.created,
+            f"{manifest.items - manifest.expired:,}",
+            str(manifest.index),
+            f"{manifest.ann_recall:.3f}",
+        )
         table.add_row(*row, mark)
     OUT.print(table if manifests else f"{parsed.registry}: no snapshots")
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "encoder_config", "train_with_progress"]
 
+_SHAPE = ("layout", "max_length")
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
@@ -46,22 +48,29 @@ def run(parsed: argparse.Namespace) -> None:
     dataset = Dataset(parsed.dataset)
     split = split_dataset(dataset, SplitInfo(protocol=parsed.protocol, time=parsed.split_time))
     check_features(dataset, parsed)
-    encoder = encoder_config(dataset, parsed.preset or "ml1m", query_actions=parsed.query_actions)
+    encoder = encoder_config(dataset, parsed)
     train_with_progress(dataset, split, encoder, config, parsed.out, resume=parsed.resume, device=device)
     say(f"encoder in {parsed.out}; watch the loss with: tensorboard --logdir {parsed.out / 'tensorboard'}")
 
 
-def encoder_config(dataset: "Dataset", preset: str, *, query_actions: bool = False) -> "EncoderConfig":
-    """A preset's encoder for a dataset: it reads actions, context and auxiliary series if the dataset has any.
+def encoder_config(dataset: "Dataset", parsed: argparse.Namespace, preset: str = "ml1m") -> "EncoderConfig":
+    """The encoder that options ask for: it reads actions, context and auxiliary series if the dataset has any.
+
+    Args:
+        dataset: what it is for.
+        parsed: what `add_training_options` added.
+        preset: where they name none.
 
     Raises:
         ConfigError: the encoder cannot read them, or there are no actions to ask for.
     """
     from retrieval.encoder.presets import PRESETS
 
+    preset = parsed.preset or preset
     actions = len(dataset.info.actions)
     config = PRESETS[preset](num_items=len(dataset.vocabulary), num_actions=actions if actions > 1 else 0)
-    more = {"query_actions": query_actions, "kinds": tuple(kind.rows for kind in dataset.info.kinds)}
+    more = {"query_actions": parsed.query_actions, "kinds": tuple(kind.rows for kind in dataset.info.kinds)}
+    more |= {name: value for name in _SHAPE if (value := getattr(parsed, name)) is not None}
     return type(config).parse(config.model_dump() | more, f"preset {preset}")
 
 

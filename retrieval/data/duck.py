@@ -59,7 +59,8 @@ class Engine:
         total = float(size[1]) * (1024 if "i" in unit else 1000) ** _POWERS[unit[0]]
         self._memory = memory
         self._progress = progress
-        self._connection = duckdb.connect(str(folder / "work.duckdb"))
+        with _translated(memory):
+            self._connection = duckdb.connect(str(folder / "work.duckdb"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         settings = {
             "memory_limit": literal(f"{int(total)}B"),
@@ -102,6 +103,13 @@ class Engine:
         """Run a query and hold its answer in memory."""
         with _translated(self._memory):
             return self._connection.sql(sql).to_arrow_table()
+
+    def keep(self, name: str, rows: pa.Table) -> None:
+        """Copy rows into a new table."""
+        with _translated(self._memory):
+            self._connection.register("given", rows)
+            self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM given")
+            self._connection.unregister("given")
 
     def batches(self, sql: str, stage: str | None = None) -> Iterator[pa.RecordBatch]:
         """Run a query and stream its answer in batches of bounded size."""

@@ -59,6 +59,7 @@ def ingest(
     users: Path | None = None,
     user_schema: UserSchema | None = None,
     features: FeatureSchema | None = None,
+    known: pa.Array | None = None,
     memory: str = "2GB",
     replace: bool = False,
     progress: Progress | None = None,
@@ -74,6 +75,9 @@ def ingest(
         users: static attributes of users, in any of the formats.
         user_schema: columns of that file.
         features: which columns are carried beside the main series; those of items are carried anyway.
+        known: ids of items that have rows already, in the order of these: they keep them, whether the log still has
+            events of them or not, and new items come after. Where items are read too, the vocabulary then tells in a
+            column `listed` which of all they name.
         memory: limit of DuckDB's buffers; the process takes some hundred MB more, whatever the log's length.
         replace: whether a dataset folder at `out` may be replaced.
         progress: called with a stage (`read`, `items`, `users`, `check`, `codes`, `sort`, `series`, `write`)
@@ -95,9 +99,8 @@ def ingest(
         raise ConfigError(f"{users}: the features declare no context to be read from a users' file")
     try:
         with new_folder(out, replace=replace) as folder, _scratch(folder) as scratch:
-            _Ingest(folder, scratch, sources, schema or EventSchema(), features, memory, progress).run(
-                items, item_schema or ItemSchema(), users, user_schema or UserSchema()
-            )
+            run = _Ingest(folder, scratch, sources, schema or EventSchema(), features, memory, progress, known)
+            run.run(items, item_schema or ItemSchema(), users, user_schema or UserSchema())
     except OSError as error:
         raise RetrievalError(f"{error.filename or out}: {error.strerror or error}") from error
     return Dataset(out)
@@ -170,7 +173,9 @@ class _Ingest:
         features: FeatureSchema,
         memory: str,
         progress: Progress | None,
+        known: pa.Array | None,
     ) -> None:
+        self.known = known
         self.folder, self.scratch, self.sources, self.schema = folder, scratch, sources, schema
         self.features = features
         self.engine = Engine(scratch, memory, progress)
@@ -260,6 +265,13 @@ class _Ingest:
             catalogue = stage_catalogue(engine, items, item_schema, schema.item_type)
             item_type = _common_type(f"{source.path}: column {schema.item!r}", item_ids, catalogue)
         self.engine.report("check", 1.0)
+        if self.known is not None and len(self.known):
+            before = "integer" if pa.types.is_integer(self.known.type) else "string"
+            if item_type != before:
+                raise DataError(
+                    f"{source.path}: column {schema.item!r} holds {item_type}s, but the items known before have "
+                    f"{before}s as ids; the log must keep to what it was, or the vocabulary be started anew"
+                )
         meaning = _Meaning(
             source=source,
             users=user_ids,
@@ -302,7 +314,9 @@ class _Ingest:
         return read_actions(self.engine, meaning.valid, column, meaning.action, self.schema)
 
     def _codes(self, meaning: _Meaning, catalogue: Catalogue | None) -> int:
-        """Write tables `users` and `vocabulary`: ids ascending, strings by their bytes; `rowid` is the code.
+        """Write tables `users` and `vocabulary`; `rowid` is the code. Ids ascend, strings by their bytes.
+
+        Items known before keep their rows, and only the new ones ascend.
 
         Returns:
             The number of items.
@@ -313,7 +327,11 @@ class _Ingest:
         if catalogue is not None:
             item = catalogue.ids.read_as(meaning.item_type)
             known += f" UNION ALL SELECT {item} AS id FROM catalogue WHERE {item} IS NOT NULL"
-        engine.rows(f"CREATE TABLE vocabulary AS SELECT DISTINCT id FROM ({known}) ORDER BY id", "codes")
+        found, order = f"SELECT DISTINCT id FROM ({known})", "id"
+        if self.known is not None and len(self.known):
+            engine.keep("before", pa.table({"id": self.known, "place": np.arange(len(self.known))}))
+            found, order = f"SELECT id, place FROM ({found}) FULL JOIN before USING (id)", "place NULLS LAST, id"
+        engine.rows(f"CREATE TABLE vocabulary AS SELECT id FROM ({found}) ORDER BY {order}", "codes")
         (count,) = engine.row("SELECT count(*) FROM vocabulary")
         if count > _MAX_ITEMS:
             raise DataError(f"{self.sources}: {count:,} items are more than the {_MAX_ITEMS:,} that a dataset can hold")
@@ -344,7 +362,12 @@ class _Ingest:
         item_ids = self.spill.ids("item_id", self.engine.batches(every.format("vocabulary")))
         if catalogue is None:
             return user_ids, item_ids, {}
-        attributes, repairs = read_attributes(self.engine, catalogue, catalogue.ids.read_as(meaning.item_type))
+        item = catalogue.ids.read_as(meaning.item_type)
+        attributes, repairs = read_attributes(self.engine, catalogue, item)
+        if self.known is not None:
+            named = f"v.id IN (SELECT {item} FROM catalogue WHERE {item} IS NOT NULL)"
+            listed = self.engine.table(f"SELECT {named} AS listed FROM vocabulary v ORDER BY v.rowid")
+            attributes["listed"] = listed.column("listed").combine_chunks()
         self.repairs |= repairs
         return user_ids, item_ids, attributes
 

@@ -1,6 +1,6 @@
-"""Attributes of items as rows of one embedding table: declared in one schema, bounded in size.
+"""Attributes of items as rows of one embedding table, bounded in size, and as vectors: declared in one schema.
 
-Legend: N items, M features of all items together, F rows of the table of features.
+Legend: N items, M features of all items together, F rows of the table of features, V numbers of an item's vectors.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -28,12 +29,13 @@ class ItemAttribute(Config):
 
     Attributes:
         kind: "category": one value. "set": several, a list or a text divided by `separator`. "number": in `buckets`
-            of about as many items each. "text": words and pairs of neighbouring words, without case.
+            of about as many items each. "text": words and pairs of neighbouring words, without case. "vector": an
+            embedding that was made elsewhere, a list of as many numbers for every item that has one.
         separator: between the values of a set that is written as text.
         buckets: rows of the table; values and words are hashed to them.
     """
 
-    kind: Literal["category", "set", "number", "text"]
+    kind: Literal["category", "set", "number", "text", "vector"]
     separator: str = Field(default="|", min_length=1)
     buckets: int = Field(default=1024, ge=1, le=2**24)
 
@@ -68,11 +70,14 @@ class ItemFeatures:
         offsets: int64 `[N + 1]`; item i has features `offsets[i]:offsets[i + 1]`.
         features: rows of the table of features, int64 `[M]`.
         size: F.
+        vectors: those of all vector attributes side by side, each scaled to length 1, or 0 where an item has none,
+            float32 `[N, V]`.
     """
 
     offsets: NDArray[np.int64]
     features: NDArray[np.int64]
     size: int
+    vectors: NDArray[np.float32]
 
 
 def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema, item_counts: NDArray[np.int64]) -> ItemFeatures:
@@ -84,14 +89,18 @@ def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema, item_counts
         item_counts: training events of each item, int64 `[N]`.
 
     Raises:
-        ConfigError: the schema names a column that the catalogue does not have, or a number that is none.
+        ConfigError: the schema names a column that the catalogue does not have, or one of another kind.
     """
     found: list[list[int]] = [[] for _ in range(len(vocabulary))]
+    vectors = [np.empty((len(vocabulary), 0), np.float32)]
     first = 0
     for name, attribute in sorted(schema.attributes.items()):
         if name not in vocabulary.attributes:
             known = ", ".join(vocabulary.attributes) or "none"
             raise ConfigError(f"item features: the catalogue has no attribute {name!r}; it has {known}")
+        if attribute.kind == "vector":
+            vectors.append(_vectors(name, vocabulary.attributes[name]))
+            continue
         for item, places in enumerate(_places(name, vocabulary.attributes[name], attribute)):
             found[item] += [first + place for place in places]
         first += attribute.buckets
@@ -105,6 +114,7 @@ def item_features(vocabulary: Vocabulary, schema: ItemFeatureSchema, item_counts
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         features=np.array([place for one in found for place in one], np.int64),
         size=first,
+        vectors=np.concatenate(vectors, axis=1),
     )
 
 
@@ -137,3 +147,31 @@ def _number_places(name: str, column: pa.Array, buckets: int) -> list[list[int]]
     edges = np.quantile(numbers[real], np.arange(1, buckets) / buckets)
     places = np.searchsorted(edges, numbers, side="right")
     return [[int(place)] if one else [] for place, one in zip(places, real, strict=True)]
+
+
+def _vectors(name: str, column: pa.Array) -> NDArray[np.float32]:
+    """A column of lists as unit vectors, float32 `[N, width]`; zeros where it has none or one that points nowhere."""
+    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    lists = lists or pa.types.is_fixed_size_list(column.type)
+    inner = column.type.value_type if lists else column.type
+    if not lists or not (pa.types.is_floating(inner) or pa.types.is_integer(inner)):
+        raise ConfigError(f"item features: attribute {name!r} is {column.type}, not lists of numbers")
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    present = np.flatnonzero(lengths)
+    if not len(present):
+        raise ConfigError(f"item features: no item has a vector in attribute {name!r}")
+    width = int(lengths[present[0]])
+    if (lengths[present] != width).any():
+        other = present[np.argmax(lengths[present] != width)]
+        raise ConfigError(
+            f"item features: attribute {name!r} has vectors of {width} numbers, and of {lengths[other]} in row {other}"
+        )
+    # float64, so that the length of large float32 numbers does not overflow.
+    flat = pc.list_flatten(column).cast(pa.float64()).to_numpy(zero_copy_only=False).reshape(-1, width)
+    if not np.isfinite(flat).all():
+        row = present[np.argmin(np.isfinite(flat).all(1))]
+        raise ConfigError(f"item features: attribute {name!r} holds what is not a finite number in row {row}")
+    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    vectors = np.zeros((len(column), width), np.float32)
+    vectors[present] = np.divide(flat, norms, out=np.zeros_like(flat), where=norms > 0)
+    return vectors

@@ -19,7 +19,7 @@ from retrieval.errors import DataError
 
 __all__ = ["RESERVED", "Vocabulary", "id_positions", "integers_of"]
 
-RESERVED = frozenset({"id", "events", "popularity"})
+RESERVED = frozenset({"id", "events", "popularity", "listed", "expired"})
 """Columns of our own: an item attribute of such a name gets another."""
 
 _HASHED_AT_ONCE = 2**16

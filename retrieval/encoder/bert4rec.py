@@ -25,7 +25,7 @@ class BERT4RecEncoder(UserEncoder):
     objective: ClassVar[Literal["next", "cloze"]] = "cloze"
 
     def __init__(self, config: BERT4RecConfig) -> None:
-        super().__init__(config, positions=config.max_length)
+        super().__init__(config)
         self.mask_embedding = nn.Parameter(torch.empty(config.width))
         nn.init.trunc_normal_(self.mask_embedding, std=0.02)
         shape = (config.width, config.num_heads, config.hidden, config.dropout)

@@ -15,10 +15,10 @@ from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError
-from retrieval.files import os_errors, replacing, sha256_of, write_atomically
+from retrieval.files import replacing, sha256_of, write_atomically
 from retrieval.types import TokenKind
 
-__all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "read_info", "save_checkpoint"]
 
 CHECKPOINT_FORMAT = 1
 _JSON, _WEIGHTS = "encoder.json", "encoder.safetensors"
@@ -51,10 +51,22 @@ class CheckpointInfo(Config):
 def save_checkpoint(folder: Path, encoder: UserEncoder, info: CheckpointInfo) -> None:
     """Write both files; a crash between them leaves a pair that `load_checkpoint` refuses, never a mixed one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    with replacing(folder / _WEIGHTS) as temporary, os_errors(folder / _WEIGHTS, SafetensorError):
+    with replacing(folder / _WEIGHTS) as temporary:
         save_file(tensors, temporary)
     bound = info.model_copy(update={"weights_sha256": sha256_of(folder / _WEIGHTS)})
     write_atomically(folder / _JSON, bound.model_dump_json(indent=2).encode())
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """What an encoder on disk is, without its weights.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or of another format.
+        ConfigError: it does not say what its format demands.
+    """
+    return CheckpointInfo.load_json(
+        folder / _JSON, format_number=CHECKPOINT_FORMAT, folder_is="a trained encoder's folder", error=CheckpointError
+    )
 
 
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[UserEncoder, CheckpointInfo]:
@@ -63,9 +75,7 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[U
     Raises:
         CheckpointError: a file is missing or damaged, of another format, or the two do not belong together.
     """
-    info = CheckpointInfo.load_json(
-        folder / _JSON, format_number=CHECKPOINT_FORMAT, folder_is="a trained encoder's folder", error=CheckpointError
-    )
+    info = read_info(folder)
     if tuple(kind.rows for kind in info.kinds) != info.encoder.kinds:
         raise CheckpointError(f"{folder / _JSON}: its kinds have other numbers of values than its encoder")
     weights = folder / _WEIGHTS

@@ -6,7 +6,9 @@ from pydantic import Field, model_validator
 
 from retrieval.config import Config
 
-__all__ = ["BERT4RecConfig", "EncoderConfig", "GRU4RecConfig", "HSTUConfig", "SASRecConfig"]
+__all__ = ["BERT4RecConfig", "EncoderConfig", "GRU4RecConfig", "HSTUConfig", "Layout", "SASRecConfig"]
+
+Layout = Literal["joined", "interleaved"]
 
 
 class _SequenceConfig(Config):
@@ -18,8 +20,11 @@ class _SequenceConfig(Config):
         num_actions: rows of the action table; 0 leaves actions out of the tokens, as the published tables do.
         query_actions: whether a request may name the action that is to follow; training asks each position for its
             target's.
+        layout: "joined": an event is one token, of its item and its action. "interleaved": it is two, the item and then
+            the action.
         kinds: rows of the table of each kind of tokens beside the main series (`types.TokenKind`); empty: items alone.
-        max_length: most recent tokens of a history that are read, among them one set aside for each kind.
+        max_length: most recent tokens of a history that are read, among them one set aside for each kind; an event
+            counts once in either layout.
         width: D, width of tokens and embeddings.
         num_layers: layers.
         dropout: probability, on the input and inside each layer.
@@ -29,6 +34,7 @@ class _SequenceConfig(Config):
     num_items: int = Field(ge=1)
     num_actions: int = Field(default=0, ge=0)
     query_actions: bool = False
+    layout: Layout = "joined"
     kinds: tuple[Annotated[int, Field(ge=1)], ...] = ()
     max_length: int = Field(default=200, ge=1)
     width: int = Field(default=50, ge=1)
@@ -45,9 +51,16 @@ class _SequenceConfig(Config):
     def _features_fit(self) -> Self:
         if self.query_actions and not self.num_actions:
             raise ValueError("query_actions: there are no actions to ask for (num_actions is 0)")
+        if self.layout == "interleaved" and not self.num_actions:
+            raise ValueError("layout: there are no actions to interleave items with (num_actions is 0)")
         if len(self.kinds) >= self.max_length:
             raise ValueError(f"max_length {self.max_length} leaves no token beside those of {len(self.kinds)} kinds")
         return self
+
+    @property
+    def positions(self) -> int:
+        """Places of the longest row, once events are laid out."""
+        return self.max_length * (2 if self.layout == "interleaved" else 1)
 
 
 class HSTUConfig(_SequenceConfig):
@@ -81,7 +94,7 @@ class HSTUConfig(_SequenceConfig):
         The published models use their longest row plus 11 (10 spare positions and the target's); the layer norm
         that follows has eps 1e-6, so the scale is not entirely free.
         """
-        return float(self.max_length + 11) if self.normalizer == "constant" else None
+        return float(self.positions + 11) if self.normalizer == "constant" else None
 
 
 class _TransformerConfig(_SequenceConfig):
@@ -121,8 +134,8 @@ class BERT4RecConfig(_TransformerConfig):
 
     @model_validator(mode="after")
     def _reads_items_alone(self) -> Self:
-        if self.kinds or self.query_actions:
-            raise ValueError("bert4rec reads items and actions alone; it has no kinds and no query_actions")
+        if self.kinds or self.query_actions or self.layout != "joined":
+            raise ValueError("bert4rec reads items and actions alone, joined; it has no kinds and no query_actions")
         return self
 
 

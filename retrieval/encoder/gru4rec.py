@@ -15,19 +15,17 @@ class GRU4RecEncoder(UserEncoder):
     """A GRU over the items, projected to the item table's width; no positions and no times."""
 
     def __init__(self, config: GRU4RecConfig) -> None:
-        super().__init__(config, positions=0)
+        super().__init__(config, has_positions=False)
         between = config.dropout if config.num_layers > 1 else 0.0
         self.gru = nn.GRU(config.width, config.hidden, config.num_layers, dropout=between)
         self.output = nn.Linear(config.hidden, config.width)
 
-    def forward(self, batch: JaggedTensors) -> Tensor:
-        """User embeddings after every token, `[T, D]`."""
-        x = self._embed(self._look_up(batch), batch)
-        order, sizes = _time_major(batch.offsets)
+    def _encode(self, x_TD: Tensor, tokens: JaggedTensors) -> Tensor:
+        order, sizes = _time_major(tokens.offsets)
         if not len(order):
-            return normalize(self.output(x.new_empty(0, self.gru.hidden_size)))
-        order = order.to(x.device)
-        packed, _ = self.gru(PackedSequence(x[order], sizes))
+            return normalize(self.output(x_TD.new_empty(0, self.gru.hidden_size)))
+        order = order.to(x_TD.device)
+        packed, _ = self.gru(PackedSequence(x_TD[order], sizes))
         states = torch.empty_like(packed.data).index_copy(0, order, packed.data)
         return normalize(self.output(states))
 

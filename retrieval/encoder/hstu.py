@@ -23,18 +23,16 @@ class HSTUEncoder(UserEncoder):
     """
 
     def __init__(self, config: HSTUConfig, *, backend: Backend = "auto") -> None:
-        super().__init__(config, positions=config.max_length)
+        super().__init__(config)
         # Which kernels run is a matter of the machine, not of the model: it is not saved with the weights.
         self.backend: Backend = backend
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
 
-    def forward(self, batch: JaggedTensors) -> Tensor:
-        """User embeddings of unit length after every token, `[T, D]`."""
-        x = self._embed(self._look_up(batch), batch)
-        plan = self._plan(batch, len(self.layers))
+    def _encode(self, x_TD: Tensor, tokens: JaggedTensors) -> Tensor:
+        plan = self._plan(tokens, len(self.layers))
         for layer in self.layers:
-            x = layer(x, plan)
-        return normalize(x)
+            x_TD = layer(x_TD, plan)
+        return normalize(x_TD)
 
     def last(self, batch: JaggedTensors) -> Tensor:
         """User embeddings of unit length after each row's last token, `[B, D]`: what serving asks for.
@@ -42,6 +40,8 @@ class HSTUEncoder(UserEncoder):
         Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. Rows must not be
         empty. Evaluation mode and no gradient.
         """
+        if self.config.layout == "interleaved":
+            batch, _ = batch.interleaved()
         x = self._embed(self._look_up(batch), batch)
         plan = self._plan(batch, len(self.layers) - 1)
         for layer in self.layers[:-1]:

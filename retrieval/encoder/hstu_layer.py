@@ -36,7 +36,7 @@ class HSTULayer(nn.Module):
         self.widths = (value, value, query, query)
         self.uvqk = nn.Parameter(torch.empty(config.width, sum(self.widths)))
         self.output = nn.Linear(value, config.width)
-        self.pos_table = nn.Parameter(torch.empty(config.max_length)) if config.position_bias else None
+        self.pos_table = nn.Parameter(torch.empty(config.positions)) if config.position_bias else None
         self.time_table = nn.Parameter(torch.empty(NUM_TIME_BUCKETS)) if config.time_bias else None
         for parameter in (self.uvqk, self.pos_table, self.time_table):
             if parameter is not None:

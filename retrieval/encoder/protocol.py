@@ -25,7 +25,7 @@ class UserEncoder(nn.Module):
     With popularity an item scores u·e + p, p its log popularity of late in units of the loss's temperature. What is
     served are then the vectors (u, 1) and (e, p), whose inner product that is.
 
-    Rows of a batch do not depend on each other. Subclasses implement `forward`; `last` may be overridden by something
+    Rows of a batch do not depend on each other. Subclasses implement `_encode`; `last` may be overridden by something
     that computes less.
 
     Attributes:
@@ -41,14 +41,14 @@ class UserEncoder(nn.Module):
 
     objective: ClassVar[Literal["next", "cloze"]] = "next"
 
-    def __init__(self, config: EncoderConfig, *, positions: int) -> None:
+    def __init__(self, config: EncoderConfig, *, has_positions: bool = True) -> None:
         super().__init__()
         self.config = config
         self.item_embedding = nn.Embedding(config.num_items, config.width)
         self.action_embedding = nn.Embedding(config.num_actions, config.width) if config.num_actions else None
         self.query_embedding = nn.Embedding(config.num_actions, config.width) if config.query_actions else None
         self.side_embedding = nn.Embedding(sum(config.kinds), config.width) if config.kinds else None
-        self.position_embedding = nn.Embedding(positions, config.width) if positions else None
+        self.position_embedding = nn.Embedding(config.positions, config.width) if has_positions else None
         self.popularity: Tensor | None
         self.register_buffer("popularity", torch.zeros(config.num_items) if config.popularity else None)
         # Where each kind's table begins; the main series has none.
@@ -73,7 +73,21 @@ class UserEncoder(nn.Module):
         return self.item_embedding.weight.device
 
     def forward(self, batch: JaggedTensors) -> Tensor:
-        """User embeddings after every token, `[T, D]`."""
+        """User embeddings after every token, `[T, D]`; after an event whose action is a token of its own, that one."""
+        if self.config.layout == "joined":
+            return self.outputs(batch)
+        tokens, last = batch.interleaved()
+        return self.outputs(tokens).index_select(0, last)
+
+    def outputs(self, tokens: JaggedTensors) -> Tensor:
+        """Embeddings after every token as they are laid out, `[T, D]`.
+
+        Interleaved, those at items know the item and not yet what was done with it: what ranking reads.
+        """
+        return self._encode(self._embed(self._look_up(tokens), tokens), tokens)
+
+    def _encode(self, x_TD: Tensor, tokens: JaggedTensors) -> Tensor:
+        """From x_0 to embeddings of unit length, `[T, D]`."""
         raise NotImplementedError
 
     def last(self, batch: JaggedTensors) -> Tensor:
@@ -107,10 +121,14 @@ class UserEncoder(nn.Module):
     def _embed(self, tokens_TD: Tensor, batch: JaggedTensors) -> Tensor:
         """x_0 = dropout((E_kind[id] + A[action] + Q[action asked for])·√D + P[position]), `[T, D]`.
 
-        The action asked for is that of the token's target. What it stands beside is known by then to later tokens, so
-        nothing of the future is in it.
+        Interleaved, E[id] and A[action] are those of two tokens. The action asked for is that of the token's target.
+        What it stands beside is known by then to later tokens, so nothing of the future is in it.
         """
-        if self.action_embedding is not None:
+        if batch.is_action is not None:
+            assert self.action_embedding is not None
+            actions_TD = self.action_embedding(batch.actions)
+            tokens_TD = torch.where(batch.is_action.unsqueeze(1), actions_TD, tokens_TD)
+        elif self.action_embedding is not None:
             tokens_TD = tokens_TD + self.action_embedding(batch.actions)
         if self.query_embedding is not None:
             assert batch.query_actions is not None, "the encoder is asked for actions that the batch does not name"

@@ -15,16 +15,14 @@ class SASRecEncoder(UserEncoder):
     """Causal Transformer blocks over items and learned positions; output of unit length, as all encoders here."""
 
     def __init__(self, config: SASRecConfig) -> None:
-        super().__init__(config, positions=config.max_length)
+        super().__init__(config)
         shape = (config.width, config.num_heads, config.hidden, config.dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(*shape, causal=True, activation=functional.relu) for _ in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, batch: JaggedTensors) -> Tensor:
-        """User embeddings after every token, `[T, D]`."""
-        x = self._embed(self._look_up(batch), batch)
+    def _encode(self, x_TD: Tensor, tokens: JaggedTensors) -> Tensor:
         for block in self.blocks:
-            x = block(x, batch.offsets)
-        return normalize(self.norm(x))
+            x_TD = block(x_TD, tokens.offsets)
+        return normalize(self.norm(x_TD))

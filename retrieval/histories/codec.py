@@ -5,15 +5,17 @@ and some events to the bytes to hold, such that recording events again, together
 """
 
 import struct
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import HistoryCorruptError
+from retrieval.histories.beside import Beside, Told, decode_beside, encode_beside, told
 from retrieval.histories.store import StoredHistory
 
 __all__ = [
@@ -33,7 +35,7 @@ NO_EVENT_ID = 0
 """Digest of an event that has no id."""
 
 _HEADER = struct.Struct("<BxHI")
-_STRING_ITEMS, _EVENT_IDS = 1, 2
+_STRING_ITEMS, _EVENT_IDS, _BESIDE = 1, 2, 4
 
 Entry = tuple[int | str, str, int, int]
 """Item id, action, timestamp in seconds, digest of the event's id."""
@@ -49,6 +51,7 @@ class Columns:
         names: action names.
         codes: place of each event's action in `names`, uint16 `[T]`.
         digests: of the events' ids, uint64 `[T]`; `NO_EVENT_ID` where an event has none.
+        beside: context and auxiliary series.
     """
 
     timestamps: NDArray[np.int64]
@@ -56,6 +59,7 @@ class Columns:
     names: list[str]
     codes: NDArray[np.uint16]
     digests: NDArray[np.uint64]
+    beside: Beside = field(default_factory=Beside)
 
 
 def event_digest(event_id: str) -> int:
@@ -81,6 +85,10 @@ def encode(columns: Columns) -> bytes:
     else:
         items = columns.items.astype("<i8").tobytes()
     encoded = [text.encode() for text in texts]
+    beside = b""
+    if columns.beside:
+        flags |= _BESIDE
+        beside = encode_beside(columns.beside)
     return b"".join(
         (
             _HEADER.pack(flags, len(columns.names), len(columns.timestamps)),
@@ -90,6 +98,7 @@ def encode(columns: Columns) -> bytes:
             np.fromiter(map(len, encoded), "<u4", len(encoded)).tobytes(),
             columns.codes.astype("<u2").tobytes(),
             *encoded,
+            beside,
         )
     )
 
@@ -108,7 +117,7 @@ def decode(content: bytes) -> Columns:
 
 def _decode(content: bytes) -> Columns:
     flags, num_names, num_events = _HEADER.unpack_from(content)
-    if flags & ~(_STRING_ITEMS | _EVENT_IDS):
+    if flags & ~(_STRING_ITEMS | _EVENT_IDS | _BESIDE):
         raise ValueError(f"flags {flags}")
     place = _HEADER.size
 
@@ -130,7 +139,7 @@ def _decode(content: bytes) -> Columns:
     for length in lengths.tolist():
         texts.append(content[place : place + length].decode())
         place += length
-    if place != len(content):
+    if not flags & _BESIDE and place != len(content):
         raise ValueError(f"{place} bytes were promised")
     return Columns(
         timestamps=timestamps,
@@ -138,6 +147,7 @@ def _decode(content: bytes) -> Columns:
         names=texts[:num_names],
         codes=codes,
         digests=digests,
+        beside=decode_beside(content, place) if flags & _BESIDE else Beside(),
     )
 
 
@@ -147,6 +157,8 @@ def history_of(columns: Columns) -> StoredHistory:
         items=columns.items,
         actions=[columns.names[code] for code in columns.codes.tolist()],
         timestamps=columns.timestamps,
+        context={name: value for name, (_, value) in columns.beside.context.items()},
+        auxiliary=columns.beside.series,
     )
 
 
@@ -189,8 +201,8 @@ class _Events:
             del values[place]
 
 
-def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> bytes:
-    """Record events in a history.
+def merged(content: bytes | None, entries: Iterable[Entry], max_events: int, news: Iterable[Told] = ()) -> bytes:
+    """Record events, and what is told beside them, in a history.
 
     - An event is a repeat, and passed over, if one with its id is held; where either has no id, if one of the same
       item, action and time is.
@@ -201,16 +213,18 @@ def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> 
     Args:
         content: the history's bytes; None for a user that is not known yet.
         entries: the events, in the order in which they were recorded.
-        max_events: how many stay.
+        max_events: how many stay, and how many points of each series.
+        news: context and points of series.
 
     Raises:
         HistoryCorruptError: the bytes are no history.
     """
-    events = _Events()
+    events, beside = _Events(), Beside()
     if content is not None:
         held = decode(content)
         events.extend(held.items, [held.names[code] for code in held.codes.tolist()], held.timestamps)
         events.digests += held.digests.tolist()
+        beside = held.beside
     for entry in entries:
         events.add(*entry)
         if len(events.items) > max_events:
@@ -224,6 +238,7 @@ def merged(content: bytes | None, entries: Iterable[Entry], max_events: int) -> 
             names=list(codes),
             codes=np.fromiter((codes[name] for name in events.actions), np.uint16, len(events.actions)),
             digests=np.array(events.digests, np.uint64),
+            beside=told(beside, news, max_events),
         )
     )
 
@@ -234,9 +249,9 @@ def filled(content: bytes | None, columns: Columns, max_events: int) -> bytes:
     Raises:
         HistoryCorruptError: the bytes are no history.
     """
-    start = 0
+    start, news = 0, _news_of(columns.beside)
     if content is None:
-        if len(columns.timestamps) <= max_events:
+        if len(columns.timestamps) <= max_events and not news:
             return encode(columns)
     else:
         held = decode(content)
@@ -244,12 +259,23 @@ def filled(content: bytes | None, columns: Columns, max_events: int) -> bytes:
             # Those before would fall out at once.
             start = int(np.searchsorted(columns.timestamps, held.timestamps[0]))
         start += _equal_at_the_start(held, columns, start)
-        if start == len(columns.timestamps):
+        if start == len(columns.timestamps) and not _tells_more(held.beside, news, max_events):
             return content
     actions = [columns.names[code] for code in columns.codes[start:].tolist()]
     items = columns.items[start:] if isinstance(columns.items, list) else columns.items[start:].tolist()
     times = columns.timestamps[start:].tolist()
-    return merged(content, zip(items, actions, times, [NO_EVENT_ID] * len(times), strict=True), max_events)
+    return merged(content, zip(items, actions, times, [NO_EVENT_ID] * len(times), strict=True), max_events, news)
+
+
+def _tells_more(held: Beside, news: list[Told], max_points: int) -> bool:
+    return bool(news) and encode_beside(told(held, news, max_points)) != encode_beside(held)
+
+
+def _news_of(beside: Beside) -> list[Told]:
+    news = [(True, name, time, value) for name, (time, value) in beside.context.items()]
+    for name, series in beside.series.items():
+        news += [(False, name, time, value) for time, value in zip(*series.lists(), strict=True)]
+    return news
 
 
 def _equal_at_the_start(held: Columns, columns: Columns, start: int) -> int:
@@ -284,10 +310,11 @@ def joined(stored: StoredHistory | None, fresh: StoredHistory) -> StoredHistory:
     items = fresh.items.tolist() if isinstance(fresh.items, np.ndarray) else fresh.items
     for item, action, timestamp in zip(items, fresh.actions, fresh.timestamps.tolist(), strict=True):
         events.add(item, action, timestamp, NO_EVENT_ID)
+    beside = told(Beside(series=stored.auxiliary), _news_of(Beside(series=fresh.auxiliary)), sys.maxsize)
     return StoredHistory(
         items=events.items,  # type: ignore[arg-type]
         actions=events.actions,
         timestamps=np.array(events.timestamps, np.int64),
-        context=fresh.context,
-        auxiliary=fresh.auxiliary,
+        context={**stored.context, **fresh.context},
+        auxiliary=beside.series,
     )

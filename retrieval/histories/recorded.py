@@ -1,4 +1,4 @@
-"""Recorded histories: users' last events, in a folder of this machine or in a shared Redis."""
+"""Recorded histories: users' last events and what stands beside them, on this machine or in a shared Redis."""
 
 import json
 import struct
@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from retrieval.errors import InputError
+from retrieval.histories.beside import Told
 from retrieval.histories.blobs import Blobs
 from retrieval.histories.codec import Columns, Entry, decode, event_digest, filled, history_of, merged
 from retrieval.histories.commit import GroupCommit
@@ -21,7 +22,8 @@ MAX_EVENTS = 1000
 MAX_ID_BYTES = 500
 """Length of a user's or an item's id in UTF-8, at most."""
 
-_FORMAT = 1
+# Format 2 has what stands beside events. Bytes of format 1 are bytes of format 2, so an older store becomes one.
+_FORMAT, _OLDEST_FORMAT = 2, 1
 # No user's key begins so.
 _SETTINGS = b"\0settings"
 _INTEGER = struct.Struct(">Q")
@@ -76,7 +78,7 @@ class RecordedHistories:
             raise InputError(f"max_events must be at least 1, not {max_events}")
         self._blobs = blobs
         made = json.dumps({"format": _FORMAT, "max_events": max_events or MAX_EVENTS}).encode()
-        blobs.update([_SETTINGS], lambda _, held: held if held is not None else made)
+        blobs.update([_SETTINGS], lambda _, held: _upgraded(held) if held is not None else made)
         settings = json.loads(blobs.get(_SETTINGS) or b"{}")
         if settings.get("format") != _FORMAT:
             raise InputError(
@@ -98,13 +100,21 @@ class RecordedHistories:
         return self._commit.submit(events)
 
     def _record(self, events: Sequence[Event]) -> None:
-        entries: dict[bytes, list[Entry]] = {}
+        parts: dict[bytes, tuple[list[Entry], list[Told]]] = {}
         for event in events:
             key = _key(event.user_id)
             assert key is not None, "ids are checked before they come here"
-            entry = (event.item_id, event.action, event.timestamp, event_digest(event.event_id))
-            entries.setdefault(key, []).append(entry)
-        self._blobs.update(list(entries), lambda key, held: merged(held, entries[key], self.max_events))
+            entries, news = parts.setdefault(key, ([], []))
+            if event.item_id is not None:
+                entries.append((event.item_id, event.action, event.timestamp, event_digest(event.event_id)))
+            news += [(True, name, event.timestamp, value) for name, value in event.context.items()]
+            news += [(False, name, event.timestamp, value) for name, value in event.auxiliary.items()]
+
+        def change(key: bytes, held: bytes | None) -> bytes:
+            entries, news = parts[key]
+            return merged(held, entries, self.max_events, news)
+
+        self._blobs.update(list(parts), change)
 
     def fill(self, histories: Mapping[int | str, Columns]) -> None:
         """Add whole histories; durable at the return. What is held already is not added again.
@@ -129,6 +139,11 @@ class RecordedHistories:
         """See `HistoryStore`."""
         self._commit.close()
         self._blobs.close()
+
+
+def _upgraded(settings: bytes) -> bytes:
+    found = json.loads(settings)
+    return json.dumps(found | {"format": _FORMAT}).encode() if found.get("format") == _OLDEST_FORMAT else settings
 
 
 def _key(user_id: int | str) -> bytes | None:

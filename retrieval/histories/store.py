@@ -1,35 +1,62 @@
-"""What is kept of users' events, and what the server needs of a store of them."""
+"""What is kept of users, and what the server needs of a store of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.histories.event import Event
 
-__all__ = ["HistoryStore", "StoredHistory"]
+__all__ = ["HistoryStore", "Series", "StoredHistory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Slowly changing values, oldest first; runs of equal values need not be compressed.
+
+    Attributes:
+        timestamps: seconds since 1970 (UTC), int64 `[P]`, never falling.
+        codes: place of each value in `values`, integer `[P]`.
+        values: texts without repeats.
+    """
+
+    timestamps: NDArray[np.int64]
+    codes: NDArray[np.integer]
+    values: Sequence[str]
+
+    @classmethod
+    def of(cls, points: Iterable[tuple[int, str]]) -> Self:
+        """A series of times and values."""
+        places: dict[str, int] = {}
+        listed = [(time, places.setdefault(value, len(places))) for time, value in points]
+        timestamps, codes = np.array(listed, np.int64).reshape(-1, 2).T
+        return cls(timestamps=timestamps, codes=codes, values=list(places))
+
+    def lists(self) -> tuple[list[int], list[str]]:
+        """Times and values."""
+        return self.timestamps.tolist(), [self.values[code] for code in self.codes.tolist()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredHistory:
-    """The stored events of one user, oldest first.
+    """What is stored of one user; events are oldest first.
 
     Attributes:
         items: item id of each event, int64 `[T]` or strings.
         actions: name of each event's action, "" where there is none.
         timestamps: seconds since 1970 (UTC), int64 `[T]`, never falling.
         context: static attributes by name.
-        auxiliary: slowly changing values by the name of their series: seconds and value of each event, oldest first.
+        auxiliary: slowly changing values by the name of their series.
     """
 
     items: NDArray[np.int64] | Sequence[int] | Sequence[str]
     actions: Sequence[str]
     timestamps: NDArray[np.int64]
     context: Mapping[str, str] = field(default_factory=dict)
-    auxiliary: Mapping[str, Sequence[tuple[int, str]]] = field(default_factory=dict)
+    auxiliary: Mapping[str, Series] = field(default_factory=dict)
 
 
 class HistoryStore(Protocol):

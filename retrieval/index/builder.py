@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
-from retrieval.files import os_errors
 from retrieval.index.spec import IndexSpec
 
 __all__ = ["apply_search_parameters", "build_index", "read_index", "write_index"]
@@ -65,8 +64,10 @@ def write_index(index: faiss.Index, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    with os_errors(path, RuntimeError):
+    try:
         faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({_reason(error)})") from None
 
 
 def read_index(path: Path, spec: IndexSpec) -> faiss.Index:

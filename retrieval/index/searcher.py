@@ -43,6 +43,7 @@ class Searcher:
         tie_rank: order among equal scores, int64 `[N + A]`.
         attributes: of the index's items; None refuses filters.
         changes: since the index was built; None for none.
+        retired: rows of the table of vectors that the index leaves out, int64: never answered, changes or not.
         costs: of searching, to plan by; measured when first needed if not given.
     """
 
@@ -53,12 +54,15 @@ class Searcher:
         *,
         attributes: Attributes | None = None,
         changes: Changes | None = None,
+        retired: NDArray[np.int64] | None = None,
         costs: Costs | None = None,
     ) -> None:
         if changes is None:
             nothing = np.empty((0, backend.width), np.float32)
             changes = Changes(vectors=nothing, withdrawn=np.empty(0, np.int64), attributes=None)
-        self._count = count = backend.count
+        self._count = count = len(backend.vectors)
+        self._retired = retired if retired is not None else np.empty(0, np.int64)
+        assert backend.count + len(self._retired) == count
         added = len(changes.vectors)
         assert len(tie_rank) == count + added
         assert changes.vectors.shape[1] == backend.width
@@ -66,7 +70,7 @@ class Searcher:
         assert changes.attributes is None or len(changes.attributes) == added
         self._backend, self._tie_rank = backend, tie_rank
         self._planner = Planner(backend, costs)
-        withdrawn = np.asarray(changes.withdrawn, np.int64)
+        withdrawn = np.concatenate([np.asarray(changes.withdrawn, np.int64), self._retired])
         self._indexed = _Part(backend.vectors, attributes, alive(withdrawn, 0, count))
         self._added = _Part(changes.vectors, changes.attributes, alive(withdrawn, count, count + added))
 
@@ -86,7 +90,7 @@ class Searcher:
             for name, type_ in attributes.types.items():
                 if given.get(name) != type_:
                     raise InputError(f"added items: attribute {name!r} must be of type {type_}, not {given.get(name)}")
-        changed = Searcher(self._backend, tie_rank, attributes=attributes, changes=changes)
+        changed = Searcher(self._backend, tie_rank, attributes=attributes, changes=changes, retired=self._retired)
         changed._planner = self._planner
         return changed
 
@@ -257,7 +261,7 @@ class Searcher:
                 allowed = goal.indexed.bitmap if step.plan is Plan.SELECTOR else None
                 found = self._backend.search(queries, step.fetch, allowed=allowed, effort=step.effort)
                 parts.append((found.rows, found.scores))
-                limit = self._count
+                limit = self._backend.count
             if step.fetch < limit:
                 # Whatever was not fetched scores no better than the last that was; −∞ where there was no last.
                 np.copyto(cut, parts[0][1][:, -1], where=parts[0][0][:, -1] >= 0)

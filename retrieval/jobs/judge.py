@@ -16,7 +16,7 @@ from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.evaluation.ranking import query_batches, rank_by_scores
 from retrieval.jobs.publish import Candidate, current_user_embeddings
 from retrieval.jobs.warm_start import live_histories, live_ranks
-from retrieval.snapshot.store import Snapshot
+from retrieval.snapshot.store import Snapshot, served_rows
 
 __all__ = ["figures", "held_out_ranks", "quality_gates", "snapshot_gates"]
 
@@ -26,28 +26,35 @@ _SEARCHES = 50
 
 
 def held_out_ranks(
-    dataset: Dataset, split: Split, candidate: UserEncoder, live: Snapshot | None
+    dataset: Dataset, split: Split, candidate: UserEncoder, live: Snapshot | None, expired: NDArray[np.bool_]
 ) -> dict[str, NDArray[np.int64]]:
-    """Rank of each held-out event's item, int64 `[Q]`: of the candidate, of popularity, and of the live snapshot."""
+    """Rank of each held-out event's item, int64 `[Q]`: of the candidate, of popularity, and of the live snapshot.
+
+    Each answers with the items that it serves alone; what has expired tonight, bool `[N]`, is neither the candidate's
+    nor popularity's.
+    """
     popularity = training_counts(dataset, split).astype(np.float32)
-    ranks = {"candidate": _ranks(dataset, split.test, candidate)}
+    popularity[expired] = -np.inf
+    ranks = {"candidate": _ranks(dataset, split.test, candidate, expired)}
     ranks["popularity"] = _popularity_ranks(dataset, split.test, candidate.config.max_length, popularity)
     if live is not None:
         ranks["live"] = live_ranks(dataset, split.test, live)
     return ranks
 
 
-def _ranks(dataset: Dataset, queries: Queries, encoder: UserEncoder) -> NDArray[np.int64]:
+def _ranks(dataset: Dataset, queries: Queries, encoder: UserEncoder, expired: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Exact rank of each query's target, `[Q]`."""
     vectors = item_vectors(encoder)
     ranks = np.empty(len(queries), np.int64)
     for batch in query_batches(dataset, queries, encoder.config.max_length):
         users = embed_users(encoder, batch.histories)
-        ranks[batch.place] = rank_by_scores(
-            batch,
-            len(vectors),
-            lambda part, users=users: users[part] @ vectors.T,  # type: ignore[misc]
-        )
+
+        def score(part: slice, users: NDArray[np.float32] = users) -> NDArray[np.float32]:
+            scores: NDArray[np.float32] = users[part] @ vectors.T
+            scores[:, expired] = -np.inf
+            return scores
+
+        ranks[batch.place] = rank_by_scores(batch, len(vectors), score)
     return ranks
 
 
@@ -105,8 +112,9 @@ def snapshot_gates(
     results.append(at_most("latency", 1000 * seconds, config.max_search_ms, note))
     if live is None:
         return results
-    share = len(candidate.vocabulary) / len(live.vocabulary)
-    note = f"{len(candidate.vocabulary):,} items, the live snapshot has {len(live.vocabulary):,}"
+    items, before = int(served_rows(candidate.vocabulary).sum()), int(live.served.sum())
+    share = items / before
+    note = f"{items:,} items, the live snapshot has {before:,}"
     results.append(at_least("catalogue", share, config.min_catalogue, note))
     ours, theirs = _answers(dataset, candidate, live)
     coverage = len(set().union(*ours)) / max(1, len(set().union(*theirs)))

@@ -1,17 +1,14 @@
 """A trained encoder becomes the live snapshot: embed items, build the index, measure it, write, switch."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.data.popularity import recent_popularity
 from retrieval.data.sequences import user_histories
@@ -22,20 +19,17 @@ from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
 from retrieval.evaluation.gates import GateResult
-from retrieval.files import write_atomically
-from retrieval.index.backend import FaissBackend
-from retrieval.index.builder import build_index
-from retrieval.index.choice import AutoIndex, Measured, choose_index
+from retrieval.index.choice import AutoIndex
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
+from retrieval.jobs.index_choice import BuiltIndex, Chosen, built_index
 from retrieval.snapshot.manifest import GateVerdict, Interval
 from retrieval.snapshot.registry import Registry
-from retrieval.snapshot.store import write_snapshot
+from retrieval.snapshot.store import searcher_of, served_rows, write_snapshot
 
 __all__ = [
     "Candidate",
     "build_candidate",
-    "built_index",
     "current_user_embeddings",
     "load_trained",
     "publish_candidate",
@@ -43,7 +37,6 @@ __all__ = [
 ]
 
 _RECALL_QUERIES = 1000
-_CHOICE = "index-choice.json"
 
 
 def load_trained(dataset: Dataset, run_dir: Path) -> tuple[UserEncoder, CheckpointInfo]:
@@ -76,10 +69,9 @@ class Candidate:
         encoder, info: the trained encoder and what it is.
         vocabulary: ids and attributes, with each item's number of events and recent popularity.
         vectors: item embeddings `[N, D]`.
-        index, spec: the index over them.
+        built: the index over those of items that may be answers.
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
-        choice: what was measured to choose the index; empty where it was given.
         trained_on: times of the events that the encoder was trained on.
     """
 
@@ -87,11 +79,9 @@ class Candidate:
     info: CheckpointInfo
     vocabulary: Vocabulary
     vectors: NDArray[np.float32]
-    index: faiss.Index
-    spec: IndexSpec
+    built: BuiltIndex
     searcher: Searcher
     ann_recall: float
-    choice: tuple[Measured, ...]
     trained_on: Interval
 
 
@@ -100,6 +90,8 @@ def build_candidate(
     run_dir: Path,
     spec: IndexSpec | AutoIndex,
     *,
+    expired: NDArray[np.bool_] | None = None,
+    before: Chosen | None = None,
     on_choice: Callable[[str], None] = lambda line: None,
 ) -> Candidate:
     """Embed the items of a training run's encoder, build the index and measure it.
@@ -109,6 +101,8 @@ def build_candidate(
         run_dir: the training run.
         spec: the index to build, or what a chosen one has to reach. A choice is kept in the run's folder: doing this
             again builds the same index.
+        before: the choice that the live index rests on.
+        expired: items that the index leaves out, bool `[N]`; None: none.
         on_choice: told of each step of choosing.
 
     Raises:
@@ -118,63 +112,31 @@ def build_candidate(
     encoder, info = load_trained(dataset, run_dir)
     vectors = item_vectors(encoder)
     users = current_user_embeddings(dataset, encoder)
-    index, spec, table = built_index(vectors, users, spec, run_dir, on_choice)
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
-    counted = Vocabulary(dataset.vocabulary.ids, {**dataset.vocabulary.attributes, **known})
-    searcher = Searcher(FaissBackend(index, vectors, spec), counted.rank_by_id)
+    if expired is not None and expired.any():
+        known["expired"] = pa.array(expired)
+    counted = Vocabulary(dataset.vocabulary.ids, {**_published(dataset.vocabulary.attributes, info), **known})
+    served = served_rows(counted)
+    answers = vectors if served.all() else vectors[served]
+    built = built_index(answers, users, spec, run_dir, on_choice, before=before)
+    searcher = searcher_of(built.index, vectors, built.spec, counted)
     return Candidate(
         encoder=encoder,
         info=info,
         vocabulary=counted,
         vectors=vectors,
-        index=index,
-        spec=spec,
+        built=built,
         searcher=searcher,
-        ann_recall=ann_recall(searcher, vectors, users),
-        choice=table,
+        ann_recall=ann_recall(searcher, answers, users),
         trained_on=_trained_on(dataset, info),
     )
 
 
-class _Kept(Config):
-    """Contents of `index-choice.json`: what was chosen for which embeddings."""
-
-    vectors: str
-    auto: AutoIndex
-    spec: IndexSpec
-    table: tuple[Measured, ...]
-
-
-def built_index(
-    vectors: NDArray[np.float32],
-    users: NDArray[np.float32],
-    spec: IndexSpec | AutoIndex,
-    run_dir: Path,
-    on_choice: Callable[[str], None] = lambda line: None,
-) -> tuple[faiss.Index, IndexSpec, tuple[Measured, ...]]:
-    """The index that is asked for, what it is, and what was measured to choose it.
-
-    Args:
-        vectors: item embeddings `[N, D]`.
-        users: users' embeddings `[B, D]`, to choose by.
-        spec: as of `build_candidate`.
-        run_dir: the training run, whose folder keeps the choice.
-        on_choice: told of each step of choosing.
-
-    Raises:
-        ConfigError: the index cannot be built, or nothing reaches what is asked for.
-    """
-    if isinstance(spec, IndexSpec):
-        return build_index(vectors, spec), spec, ()
-    file, digest = run_dir / _CHOICE, hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()
-    if file.exists():
-        kept = _Kept.model_validate_json(file.read_bytes())
-        if (kept.vectors, kept.auto) == (digest, spec):
-            return build_index(vectors, kept.spec), kept.spec, kept.table
-    choice = choose_index(vectors, users, spec, report=on_choice)
-    kept = _Kept(vectors=digest, auto=spec, spec=choice.spec, table=choice.table)
-    write_atomically(file, kept.model_dump_json(indent=2).encode())
-    return choice.index, choice.spec, choice.table
+def _published(attributes: Mapping[str, pa.Array], info: CheckpointInfo) -> dict[str, pa.Array]:
+    """Attributes that filters can ask for: not the vectors, which are in the item embeddings, nor what ingest notes."""
+    learned = (info.training.get("item_features") or {}).get("attributes", {})
+    left_out = {name for name in attributes if learned.get(name, {}).get("kind") == "vector"} | {"listed"}
+    return {name: one for name, one in attributes.items() if name not in left_out}
 
 
 def _trained_on(dataset: Dataset, info: CheckpointInfo) -> Interval:
@@ -199,8 +161,9 @@ def publish_candidate(
         parent = registry.current()
     except NoSnapshotError:
         parent = None
-    if candidate.choice:
-        report = {**report, "index_choice": [measured.model_dump(mode="json") for measured in candidate.choice]}
+    table = candidate.built.table
+    if table:
+        report = {**report, "index_choice": [measured.model_dump(mode="json") for measured in table]}
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
@@ -208,8 +171,8 @@ def publish_candidate(
             encoder=candidate.encoder,
             info=candidate.info,
             vocabulary=candidate.vocabulary,
-            index=candidate.index,
-            spec=candidate.spec,
+            index=candidate.built.index,
+            spec=candidate.built.spec,
             ann_recall=candidate.ann_recall,
             report=report,
             parent=parent,

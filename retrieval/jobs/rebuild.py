@@ -5,41 +5,60 @@ the live one, which has not seen them either. If it is, a second, short one goes
 what is published. T lies in the middle of what is new since the live snapshot was trained; on the first night, and with
 `full`, where the last events begin that `hold_out` names.
 
+Rows of the item table are appended to and never given to another item; what the optimiser knows of a row moves with it.
+Only a night from scratch begins a new table.
+
 Everything that a stage makes lies in a folder named by what went in (the log's files, the settings, the live version):
 a rerun after a crash goes on where it stopped, and a rerun after success does nothing.
 """
 
-import json
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from retrieval.config import Config
 from retrieval.data.dataset import Dataset
-from retrieval.data.splits import SplitInfo, split_dataset
+from retrieval.data.splits import Split, SplitInfo, split_dataset
 from retrieval.encoder.config import EncoderConfig
+from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import GateRefusedError
-from retrieval.evaluation.gates import GateConfig
-from retrieval.files import write_atomically
+from retrieval.evaluation.gates import GateConfig, GateResult
 from retrieval.histories.fill import fill_histories
 from retrieval.histories.recorded import RecordedHistories
 from retrieval.index.choice import AutoIndex
 from retrieval.index.spec import IndexSpec
-from retrieval.jobs.judge import figures, held_out_ranks, quality_gates, snapshot_gates
-from retrieval.jobs.night import Clock, alone, live_snapshot, made_by, name_of_night, night_folder
+from retrieval.jobs.expiry import Expiry, expired_items
+from retrieval.jobs.index_choice import Chosen
+from retrieval.jobs.judge import held_out_ranks, quality_gates, snapshot_gates
+from retrieval.jobs.night import (
+    FINAL,
+    JUDGED,
+    Clock,
+    alone,
+    explained,
+    live_snapshot,
+    made_by,
+    name_of_night,
+    night_folder,
+    state_of_live,
+)
 from retrieval.jobs.publish import build_candidate, publish_candidate
-from retrieval.jobs.warm_start import carried_over, live_rows
+from retrieval.jobs.report import keep_report, night_report
+from retrieval.jobs.warm_start import carried_over, moved_rows
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot
 from retrieval.training.batches import Fresh
 from retrieval.training.config import TrainConfig
-from retrieval.training.trainer import StepReport, train
+from retrieval.training.optimizer import updates_by_rows
+from retrieval.training.state import read_state
+from retrieval.training.trainer import TRAINING_STATE, StepReport, train
 
 __all__ = ["Night", "RebuildConfig", "rebuild"]
 
@@ -51,7 +70,9 @@ class RebuildConfig(Config):
         training: hyperparameters; its epochs are those of a night from scratch.
         index: the index to build.
         gates: limits.
-        full: train from scratch instead of from the live snapshot's weights.
+        expiry: which items are no answers any more.
+        full: train from scratch instead of from the live snapshot's weights, and forget rows that neither the log nor
+            the metadata needs.
         warm_epochs: epochs of the first training when it starts from the live weights.
         finish_epochs: epochs of the second training.
         history_share: users without new events that a night from the live weights trains on, as a share of those with:
@@ -65,6 +86,7 @@ class RebuildConfig(Config):
     training: TrainConfig
     index: IndexSpec | AutoIndex
     gates: GateConfig = Field(default_factory=GateConfig)
+    expiry: Expiry = Field(default_factory=Expiry)
     full: bool = False
     warm_epochs: int = Field(default=3, ge=1)
     finish_epochs: int = Field(default=1, ge=1)
@@ -96,12 +118,13 @@ def rebuild(
     work: Path,
     config: RebuildConfig,
     *,
-    ingest: Callable[[Path], Dataset],
+    ingest: Callable[[Path, pa.Array], Dataset],
     encoder_config: Callable[[Dataset], EncoderConfig],
     histories: RecordedHistories | None = None,
     dry_run: bool = False,
     device: torch.device | str = "cpu",
     on_stage: Callable[[str], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> Night:
     """Run a night, or go on with one that did not end.
@@ -109,14 +132,15 @@ def rebuild(
     Args:
         sources: the event log, a file or a folder of files: all events, old and new.
         registry: where the live snapshot is and where the new one goes.
-        work: folder of this job; one night's files stay in it.
+        work: folder of this job; the files of one night, and what the live snapshot's had learned, stay in it.
         config: how.
-        ingest: reads the log into a dataset at the path that it is given.
+        ingest: reads the log into a dataset at the path that it is given, with the item ids known before.
         encoder_config: shape of the encoder for a dataset.
         histories: a store that is given the log's events; whatever the gates say, since events are no model's.
         dry_run: do everything but fill the store, publish and prune.
         device: where to train.
         on_stage: called with a stage's name as it begins.
+        on_note: called with a sentence that an operator should read.
         on_step: called after every step of training.
 
     Raises:
@@ -125,17 +149,21 @@ def rebuild(
         GateRefusedError: a gate refused; the live snapshot stays. The report lies in the night's folder.
         HistoryStoreError: the store of histories cannot be written.
         TrainingError: training diverged.
+        RetrievalError: a file cannot be written; run again it goes on.
     """
     clock = Clock(on_stage)
-    with alone(work), registry.lease():
+    with explained(work), alone(work), registry.lease():
         live = live_snapshot(registry)
         last = made_by(registry, live)
         if live is not None and last and last["night"] == name_of_night(sources, config, last["live"]):
             return Night(version=live.version, report=last, folder=work / f"night-{last['night']}")
         key = name_of_night(sources, config, live.version if live is not None else None)
-        folder = night_folder(work, key)
+        folder = night_folder(work, key, last.get("night"))
+        base = live if not config.full else None
         with clock.stage("ingest"):
-            dataset = Dataset(folder / "dataset") if (folder / "dataset").exists() else ingest(folder / "dataset")
+            known = base.vocabulary.ids if base is not None else pa.array([], pa.int64())
+            there = (folder / "dataset").exists()
+            dataset = Dataset(folder / "dataset") if there else ingest(folder / "dataset", known)
         if histories is not None and not dry_run:
             with clock.stage("histories"):
                 fill_histories(dataset, histories)
@@ -143,71 +171,153 @@ def rebuild(
         moment = _moment(dataset, last_event, config)
         if moment is None:
             return Night(version=None, report={}, folder=folder)
-        shape = encoder_config(dataset)
-        split = split_dataset(dataset, SplitInfo(protocol="global-time", time=moment))
-        warm = live is not None and not config.full
-        # What was learned before each of the two trainings; a night from scratch meets everything in both.
-        known = (last_event + 1, moment) if warm and last_event is not None else (None, None)
-        share = config.history_share
-        fresh = [Fresh(since=since, history_share=share) if since is not None else None for since in known]
+        expired = expired_items(dataset, config.expiry)
+        trainings = _Trainings(
+            dataset, encoder_config(dataset), config, folder, base, last_event, moment, device=device, on_step=on_step
+        )
         with clock.stage("train"):
-            epochs = config.warm_epochs if warm else config.training.epochs
-            judged = train(
-                dataset,
-                split,
-                shape,
-                config.training.model_copy(update={"epochs": epochs}),
-                folder / "judged",
-                initial=carried_over(shape, dataset, live) if live is not None and warm else None,
-                fresh=fresh[0],
-                resume=True,
-                device=device,
-                on_step=on_step,
-            )
+            learned, optimiser = _learned(work, trainings.shape, dataset, base, last.get("night"), config)
+            if base is not None and learned.state is None:
+                on_note(optimiser)
+            judged = trainings.judged(learned)
         with clock.stage("evaluate"):
-            ranks = held_out_ranks(dataset, split, judged, live)
+            ranks = held_out_ranks(dataset, trainings.split, judged, live, expired)
             results = quality_gates(ranks, config.gates)
         with clock.stage("finish"):
-            train(
-                dataset,
-                split_dataset(dataset, SplitInfo(protocol="all")),
-                shape,
-                config.training.model_copy(update={"epochs": config.finish_epochs}),
-                folder / "final",
-                initial=judged.state_dict(),
-                fresh=fresh[1],
-                resume=True,
-                device=device,
-                on_step=on_step,
-            )
+            trainings.final(judged)
         with clock.stage("index"):
-            candidate = build_candidate(dataset, folder / "final", config.index)
+            chosen = last.get("index", {}).get("chosen") if base is not None else None
+            before = Chosen.model_validate(chosen) if chosen is not None else None
+            candidate = build_candidate(dataset, folder / FINAL, config.index, expired=expired, before=before)
             results += snapshot_gates(dataset, candidate, live, config.gates)
-        report = {
-            "night": key,
-            "live": live.version if live is not None else None,
-            "start": "live weights" if warm else "scratch",
-            "held_out_since": moment,
-            "last_event": int(dataset.events.timestamps.max()),
-            "events": dataset.info.events,
-            "vocabulary": _vocabulary(dataset, live),
-            "gates": [result.model_dump() for result in results],
-            "held_out": {name: figures(found, config.gates.k) for name, found in ranks.items()},
-            "seconds": clock.seconds,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        }
-        write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
+        report = night_report(
+            dataset,
+            candidate,
+            live,
+            last,
+            night=key,
+            start="live weights" if base is not None else "scratch",
+            optimiser=optimiser,
+            held_out_since=moment,
+            ranks=ranks,
+            results=results,
+            k=config.gates.k,
+            trainings={"train": folder / JUDGED, "finish": folder / FINAL},
+            clock=clock,
+        )
         refused = [result for result in results if not result.passed]
         if refused:
-            stays = f"{live.version} stays live" if live is not None else "nothing is published"
-            reasons = "; ".join(f"{result.gate}: {result.note}" for result in refused)
-            raise GateRefusedError(f"{reasons}. {stays}; report: {folder / 'report.json'}")
+            keep_report(work, folder, report, "refused")
+            raise GateRefusedError(_refusal(refused, live, folder))
         if dry_run:
+            keep_report(work, folder, report, "not published: a dry run")
             return Night(version=None, report=report, folder=folder)
         with clock.stage("publish"):
             version = publish_candidate(candidate, registry, report, results)
             registry.prune(config.keep)
+        # The snapshot's own report cannot tell how long it took to publish it.
+        report |= {"seconds": clock.seconds, "memory_mb": clock.memory_mb}
+        keep_report(work, folder, report, f"published as {version}")
         return Night(version=version, report=report, folder=folder)
+
+
+def _refusal(refused: list[GateResult], live: Snapshot | None, folder: Path) -> str:
+    stays = f"{live.version} stays live" if live is not None else "nothing is published"
+    reasons = "; ".join(f"{result.gate}: {result.note}" for result in refused)
+    return f"{reasons}. {stays}; report: {folder / 'report.html'}"
+
+
+class _Trainings:
+    """A night's two trainings.
+
+    Args:
+        dataset: tonight's events.
+        shape: of the encoder.
+        config: of the night.
+        folder: of the night.
+        base: the snapshot that training goes on from; None from scratch.
+        last_event: time of the last event that this had seen, seconds; None if unknown.
+        moment: T, seconds.
+        device: where to train.
+        on_step: called after every step.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        shape: EncoderConfig,
+        config: RebuildConfig,
+        folder: Path,
+        base: Snapshot | None,
+        last_event: int | None,
+        moment: int,
+        *,
+        device: torch.device | str,
+        on_step: Callable[[StepReport], None] | None,
+    ) -> None:
+        self.shape, self.split = shape, split_dataset(dataset, SplitInfo(protocol="global-time", time=moment))
+        self._dataset, self._config, self._folder = dataset, config, folder
+        self._device, self._on_step = device, on_step
+        self._epochs = config.warm_epochs if base is not None else config.training.epochs
+        # What was learned before each of the two; from scratch both meet everything.
+        self._since = (last_event + 1, moment) if base is not None and last_event is not None else (None, None)
+
+    def judged(self, learned: "_Learned") -> UserEncoder:
+        """Train on what came before T."""
+        return self._run(self.split, JUDGED, self._epochs, self._since[0], learned)
+
+    def final(self, judged: UserEncoder) -> None:
+        """Go on with everything."""
+        state = self._folder / JUDGED / TRAINING_STATE
+        learned = _Learned(state=read_state(state)[0]) if state.exists() else _Learned(initial=judged.state_dict())
+        everything = split_dataset(self._dataset, SplitInfo(protocol="all"))
+        self._run(everything, FINAL, self._config.finish_epochs, self._since[1], learned)
+
+    def _run(self, split: Split, name: str, epochs: int, since: int | None, learned: "_Learned") -> UserEncoder:
+        fresh = Fresh(since=since, history_share=self._config.history_share) if since is not None else None
+        return train(
+            self._dataset,
+            split,
+            self.shape,
+            self._config.training.model_copy(update={"epochs": epochs}),
+            self._folder / name,
+            initial=learned.initial,
+            learned=learned.state,
+            fresh=fresh,
+            resume=True,
+            device=self._device,
+            on_step=self._on_step,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Learned:
+    """What a training goes on from: a whole training state, or weights alone, or neither."""
+
+    initial: dict[str, Tensor] | None = None
+    state: dict[str, Tensor] | None = None
+
+
+def _learned(
+    work: Path,
+    shape: EncoderConfig,
+    dataset: Dataset,
+    base: Snapshot | None,
+    live_night: str | None,
+    config: RebuildConfig,
+) -> tuple[_Learned, str]:
+    """What tonight's training goes on from, and a sentence on the optimiser."""
+    if base is None:
+        return _Learned(), "the optimiser starts anew"
+    weights = carried_over(shape, dataset, base)
+    training = config.training
+    features = training.item_features.model_dump(mode="json") if training.item_features is not None else None
+    by_rows = updates_by_rows(training, shape.num_items)
+    settings = {"item_features": features, "sparse_items": by_rows, "ema_decay": training.ema_decay}
+    state, found = state_of_live(work, base, live_night, settings)
+    if state is None:
+        return _Learned(initial=weights), found
+    return _Learned(state=moved_rows(state, dataset, base)), found
 
 
 def _moment(dataset: Dataset, last_event: int | None, config: RebuildConfig) -> int | None:
@@ -217,15 +327,3 @@ def _moment(dataset: Dataset, last_event: int | None, config: RebuildConfig) -> 
         return int(np.quantile(times, 1 - config.hold_out)) + 1
     new = times[times > last_event]
     return int(np.quantile(new, 0.5, method="higher")) if len(new) else None
-
-
-def _vocabulary(dataset: Dataset, live: Snapshot | None) -> dict[str, int]:
-    """Items tonight, those that are new, and those of the live snapshot that the log has no more."""
-    if live is None:
-        return {"items": len(dataset.vocabulary), "new": len(dataset.vocabulary), "gone": 0}
-    known = int(np.count_nonzero(live_rows(dataset, live) >= 0))
-    return {
-        "items": len(dataset.vocabulary),
-        "new": len(dataset.vocabulary) - known,
-        "gone": len(live.vocabulary) - known,
-    }

@@ -3,6 +3,8 @@
 Rows of items, actions and values of other kinds follow their ids and names, whatever rows they have tonight.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,11 +20,10 @@ from retrieval.errors import ConfigError
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch, SideRows, TokenKind
 
-__all__ = ["carried_over", "live_histories", "live_ranks", "live_rows"]
+__all__ = ["carried_over", "live_histories", "live_ranks", "live_rows", "moved_rows"]
 
 _ITEMS, _SIDE = "item_embedding.weight", "side_embedding.weight"
 _ACTIONS = ("action_embedding.weight", "query_embedding.weight")
-_POPULARITY = "popularity"
 _QUERIES_AT_ONCE = 256
 
 
@@ -52,24 +53,36 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
         raise ConfigError(
             f"{live.version}: its encoder has another shape than the one asked for; ask for that, or start from scratch"
         )
-    old, new = live.encoder.state_dict(), build_encoder(config).state_dict()
-    for name, weights in new.items():
-        if name == _ITEMS:
-            rows = torch.from_numpy(live_rows(dataset, live))
-            weights[:] = old[name].mean(0)
-            weights[rows >= 0] = old[name][rows[rows >= 0]]
-        elif name == _SIDE:
-            weights.zero_()
-            places = _live_side_rows(dataset, live)
-            weights[places >= 0] = old[name][places[places >= 0]]
-        elif name in _ACTIONS:
-            weights.zero_()
-            if name in old:
-                codes = _live_codes(dataset, live)
-                weights[codes >= 0] = old[name][codes[codes >= 0]]
-        elif name != _POPULARITY:  # which training takes from tonight's events
-            weights.copy_(old[name])
-    return new
+    moved = moved_rows(live.encoder.state_dict(), dataset, live)
+    # A table that the live encoder has no use for, of actions for instance, begins without effect.
+    return {name: moved.get(name, torch.zeros_like(one)) for name, one in build_encoder(config).state_dict().items()}
+
+
+def moved_rows(tensors: Mapping[str, Tensor], dataset: Dataset, live: Snapshot) -> dict[str, Tensor]:
+    """What was learned with the live snapshot's rows, for tonight's: weights, or a whole training state.
+
+    Args:
+        tensors: by name; the optimiser's bear the name of what they belong to within their own.
+        dataset: tonight's events.
+        live: the snapshot that the tensors belong to.
+    """
+    rows_of = {_ITEMS: live_rows(dataset, live), _SIDE: _live_side_rows(dataset, live)}
+    rows_of |= dict.fromkeys(_ACTIONS, _live_codes(dataset, live))
+    # Training will take popularity from tonight's events; only its shape matters here.
+    rows_of["optimizer.rows."] = rows_of["popularity"] = rows_of[_ITEMS]
+    moved = {}
+    for name, tensor in tensors.items():
+        table = next((one for one in rows_of if one in name), None)
+        if table is None or tensor.ndim == 0:
+            moved[name] = tensor
+            continue
+        rows = torch.from_numpy(rows_of[table])
+        shape = (len(rows), *tensor.shape[1:])
+        moved[name] = new = tensor.new_zeros(shape)
+        if table == _ITEMS and not name.startswith("optimizer."):
+            new[:] = tensor.mean(0)
+        new[rows >= 0] = tensor[rows[rows >= 0]]
+    return moved
 
 
 def _live_codes(dataset: Dataset, live: Snapshot) -> NDArray[np.int64]:
@@ -89,7 +102,7 @@ def _live_side_rows(dataset: Dataset, live: Snapshot) -> NDArray[np.int64]:
     begins = np.cumsum([0, *(kind.rows for kind in live.info.kinds)])
     parts = [_live_values(*kinds) for kinds in zip(live.info.kinds, dataset.info.kinds, strict=True)]
     found = [np.where(rows < 0, -1, begin + rows) for begin, rows in zip(begins, parts, strict=False)]
-    return np.concatenate(found)
+    return np.concatenate([*found, np.zeros(0, np.int64)])
 
 
 def _live_side(dataset: Dataset, live: Snapshot, users: NDArray[np.int64], ends: NDArray[np.int64]) -> SideRows | None:
@@ -190,11 +203,12 @@ def live_ranks(dataset: Dataset, queries: Queries, live: Snapshot) -> NDArray[np
         embeddings[filled[part]] = embed_users(live.encoder, histories[part])
     unknown = np.ones(len(queries), bool)
     unknown[filled] = False
-    findable = np.flatnonzero(targets >= 0)
+    findable = np.flatnonzero((targets >= 0) & live.served[targets])
     for start in range(0, len(findable), _QUERIES_AT_ONCE):
         places = findable[start : start + _QUERIES_AT_ONCE]
         scores = embeddings[places] @ vectors.T
         scores[unknown[places]] = counts
+        scores[:, ~live.served] = -np.inf
         wanted = scores[np.arange(len(places)), targets[places]]
         for row, place in enumerate(places):
             begin, end = dataset.offsets[queries.users[place]], queries.targets[place]

@@ -14,7 +14,7 @@ class AotCase:
     Attributes:
         name: says kernel and configuration.
         kernel: the `triton.jit` function.
-        signature: type of each argument, e.g. `*bf16`, `i32` or `constexpr`.
+        signature: type of each argument, e.g. `*bf16`, `i32` or `constexpr`; a tuple of types for a tuple.
         constexprs: values of the constexpr arguments.
         num_warps: warps per program.
         num_stages: depth of software pipelining.
@@ -22,7 +22,7 @@ class AotCase:
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from retrieval.kernels.aot_case import AotCase
 from retrieval.kernels.hstu_attention_tile import (
+    Batch,
     find_block,
+    history_of,
     load_block,
     load_times,
     product,
@@ -25,7 +27,8 @@ from retrieval.kernels.hstu_attention_tile import (
     tile_slopes,
     tile_visible,
 )
-from retrieval.kernels.hstu_attention_triton import LaunchConfig, padded, problem_constants, problem_signature
+from retrieval.kernels.hstu_attention_triton import padded, problem_constants, problem_signature
+from retrieval.kernels.launch import LaunchConfig, tuned
 
 __all__ = ["aot_cases", "launch_config", "position_gradient"]
 
@@ -41,27 +44,7 @@ def _distance_kernel(
     v,
     dout,
     partial,
-    pos_table,
-    time_table,
-    edges,
-    offsets,
-    timestamps,
-    query_times,
-    num_targets,
-    num_rows,
-    num_positions,
-    alpha,
-    inverse_norm,
-    window,
-    contextual,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    dout_token,
-    dout_head,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -75,18 +58,16 @@ def _distance_kernel(
     BLOCK_B: tl.constexpr,
 ):
     head = tl.program_id(1)
-    row, start, length, apart = find_block(tl.program_id(0), offsets, num_rows, BLOCK, BLOCK_B)
+    row, start, length, apart = find_block(batch, tl.program_id(0), BLOCK, BLOCK_B)
     if apart >= length:
         return
-    history = length
-    if TARGETS:
-        history = (length - tl.load(num_targets + row)).to(tl.int32)
-    prefix = tl.minimum(contextual, history)
+    history = history_of(batch, row, length, TARGETS)
+    prefix = tl.minimum(batch.contextual, history)
     i = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     # Tiles of queries `apart` places after their keys; then those of the prefix's queries, `apart` places before.
     after = tl.maximum(tl.cdiv(history - apart, BLOCK), 0)
-    after = tl.where(apart - BLOCK + 1 < window + tl.maximum(prefix - 1, 0), after, 0)
+    after = tl.where(apart - BLOCK + 1 < batch.window + tl.maximum(prefix - 1, 0), after, 0)
     before = tl.minimum(tl.cdiv(prefix, BLOCK), tl.maximum(tl.cdiv(history - apart, BLOCK), 0))
     for block in range(0, after + before):
         ahead = block >= after
@@ -95,18 +76,16 @@ def _distance_kernel(
         n0 = tl.where(ahead, tile + apart, tile)
         m = m0 + i
         n = n0 + i
-        q_MD = load_block(q + head * q_head, start, m0, length, q_token, BLOCK, D, BLOCK_D)
-        dout_MV = load_block(dout + head * dout_head, start, m0, length, dout_token, BLOCK, V, BLOCK_V)
-        tq_M = load_times(query_times, start, m0, length, BLOCK)
-        k_ND = load_block(k + head * k_head, start, n0, length, k_token, BLOCK, D, BLOCK_D)
-        v_NV = load_block(v + head * v_head, start, n0, length, v_token, BLOCK, V, BLOCK_V)
-        t_N = load_times(timestamps, start, n0, length, BLOCK)
-        score_MN, _, _, _ = tile_scores(
-            q_MD, k_ND, alpha, m, n, tq_M, t_N, pos_table, num_positions, time_table, edges, history, POS, TIME
-        )
+        q_MD = load_block(q, head, start, m0, length, BLOCK, D, BLOCK_D)
+        dout_MV = load_block(dout, head, start, m0, length, BLOCK, V, BLOCK_V)
+        tq_M = load_times(batch.query_times, start, m0, length, BLOCK)
+        k_ND = load_block(k, head, start, n0, length, BLOCK, D, BLOCK_D)
+        v_NV = load_block(v, head, start, n0, length, BLOCK, V, BLOCK_V)
+        t_N = load_times(batch.timestamps, start, n0, length, BLOCK)
+        score_MN, _, _, _ = tile_scores(batch, q_MD, k_ND, m, n, tq_M, t_N, history, POS, TIME)
         dvalue_MN = product(dout_MV, tl.trans(v_NV))
-        scale_M = row_scale(m, history, window, contextual, inverse_norm, COUNT)
-        seen_MN = tile_visible(m, n, length, history, window, contextual)
+        scale_M = row_scale(batch, m, history, COUNT)
+        seen_MN = tile_visible(batch, m, n, length, history)
         # Targets stand on one place and are summed up by key; a pair off the diagonal belongs to one walk only.
         seen_MN = seen_MN & (m < history)[:, None] & (n < history)[None, :]
         seen_MN = seen_MN & ((m[:, None] < n[None, :]) == ahead)
@@ -128,10 +107,7 @@ def _fold_kernel(
     partial,
     target_sums,
     dpos,
-    offsets,
-    num_targets,
-    num_rows,
-    num_positions,
+    batch,
     num_tokens,
     H: tl.constexpr,
     TARGETS: tl.constexpr,
@@ -142,10 +118,10 @@ def _fold_kernel(
     i = tl.arange(0, BLOCK)
     distance = step * BLOCK + i
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for b0 in range(0, num_rows, ROWS):
+    for b0 in range(0, batch.num_rows, ROWS):
         b = b0 + tl.arange(0, ROWS)
-        start = tl.load(offsets + b, mask=b < num_rows, other=0)
-        length = tl.load(offsets + b + 1, mask=b < num_rows, other=0) - start
+        start = tl.load(batch.offsets + b, mask=b < batch.num_rows, other=0)
+        length = tl.load(batch.offsets + b + 1, mask=b < batch.num_rows, other=0) - start
         program = start // BLOCK + b + step
         for head in range(0, H):
             mine = partial + (program * H + head)[:, None] * (2 * BLOCK) + i[None, :]
@@ -153,15 +129,17 @@ def _fold_kernel(
             # The next program's distances below its own block are this block's.
             acc += tl.load(mine + (2 * H + 1) * BLOCK, mask=((step + 1) * BLOCK < length)[:, None], other=0.0)
             if TARGETS:
-                history = length - tl.load(num_targets + b, mask=b < num_rows, other=0)
+                history = length - tl.load(batch.num_targets + b, mask=b < batch.num_rows, other=0)
                 key = history[:, None] - distance[None, :]
                 sums = target_sums + head * num_tokens.to(tl.int64) + start[:, None] + key
-                acc += tl.load(sums, mask=(b < num_rows)[:, None] & (key >= 0) & (distance > 0)[None, :], other=0.0)
-    tl.store(dpos + distance, tl.sum(acc, 0), mask=distance < num_positions)
+                acc += tl.load(
+                    sums, mask=(b < batch.num_rows)[:, None] & (key >= 0) & (distance > 0)[None, :], other=0.0
+                )
+    tl.store(dpos + distance, tl.sum(acc, 0), mask=distance < batch.num_positions)
 
 
 def launch_config(qk_dim: int, v_dim: int, itemsize: int) -> LaunchConfig:
-    """Side of the square tile. By registers and shared memory of compiled kernels; not tuned by time."""
+    """Default side of the square tile. By registers and shared memory of compiled kernels, not by time."""
     width = max(padded(qk_dim), padded(v_dim))
     if itemsize == 4 or width > 128:
         return LaunchConfig(16, 16, 4, 1)
@@ -184,8 +162,9 @@ def position_gradient(
         target_sums: by head and key token, what targets add: of history keys, and of themselves; empty for none.
         sizes: width of queries, width of values, bytes of an element.
     """
-    config = launch_config(*sizes)
-    block, tokens, heads, rows = config.block_n, len(arguments["timestamps"]), constants["H"], arguments["num_rows"]
+    batch: Batch = arguments["batch"]
+    config = tuned("distances", pos.device, *sizes) or launch_config(*sizes)
+    block, tokens, heads, rows = config.block_n, len(batch.timestamps), constants["H"], batch.num_rows
     programs = tokens // block + rows
     partial = torch.empty(programs, heads, 2, block, device=pos.device, dtype=torch.float32)
     launch = {"BLOCK": block, "num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -195,10 +174,7 @@ def position_gradient(
         partial=partial,
         target_sums=target_sums,
         dpos=dpos,
-        offsets=arguments["offsets"],
-        num_targets=arguments["num_targets"],
-        num_rows=rows,
-        num_positions=len(pos),
+        batch=batch,
         num_tokens=tokens,
         H=heads,
         TARGETS=constants["TARGETS"],
@@ -215,11 +191,9 @@ def aot_cases() -> list[AotCase]:
     """Both kernels at their default configurations."""
     cases = [_fold_case()]
     for dim, dtype in _AOT_SHAPES:
-        tensors = dict.fromkeys(("q", "k", "v", "dout"), f"*{dtype}")
-        strides = {f"{name}_{axis}": "i32" for name in tensors for axis in ("token", "head")}
         config = launch_config(dim, dim, 4 if dtype == "fp32" else 2)
         constants = problem_constants(dim) | {"BLOCK": config.block_n}
-        signature = tensors | problem_signature() | strides | {"partial": "*fp32"}
+        signature = problem_signature(dtype, "q", "k", "v", "dout") | {"partial": "*fp32"}
         cases.append(
             AotCase(
                 name=f"distances d{dim} {dtype}",
@@ -234,9 +208,8 @@ def aot_cases() -> list[AotCase]:
 
 
 def _fold_case() -> AotCase:
-    signature = dict.fromkeys(("partial", "target_sums", "dpos"), "*fp32")
-    signature |= dict.fromkeys(("offsets", "num_targets"), "*i64")
-    signature |= dict.fromkeys(("num_rows", "num_positions", "num_tokens"), "i32")
+    signature: dict[str, Any] = dict.fromkeys(("partial", "target_sums", "dpos"), "*fp32")
+    signature |= problem_signature("bf16") | {"num_tokens": "i32"}
     values = {"H": 2, "TARGETS": True, "BLOCK": 32, "ROWS": _FOLDED_ROWS}
     signature |= dict.fromkeys(values, "constexpr")
     return AotCase(name="backward fold", kernel=_fold_kernel, signature=signature, constexprs=values)

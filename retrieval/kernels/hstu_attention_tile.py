@@ -11,13 +11,19 @@ no masks but for the width; what is past the end is masked in the scores.
 Legend: M queries and N keys of a tile, D query/key width, V value width.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from retrieval.kernels.backend import interpreting
 
 __all__ = [
+    "Batch",
+    "Heads",
+    "bucket_of",
     "find_block",
+    "history_of",
     "key_ranges",
     "load_block",
     "load_times",
@@ -37,18 +43,56 @@ _LAST_BUCKET = tl.constexpr(128)
 _WIDEN = tl.constexpr(interpreting())
 
 
+class Batch(NamedTuple):
+    """What every kernel is told of the batch; see `hstu_attention` for the tensors.
+
+    A table that is absent, and `num_targets` where there are none, are pointers that no kernel follows.
+    """
+
+    pos_table: Any
+    time_table: Any
+    edges: Any
+    offsets: Any
+    timestamps: Any
+    query_times: Any
+    num_targets: Any
+    num_rows: Any
+    num_positions: Any
+    alpha: Any
+    inverse_norm: Any
+    window: Any
+    contextual: Any
+
+
+class Heads(NamedTuple):
+    """A tensor `[T, H, width]` with its strides over tokens and over heads; that over the width is 1."""
+
+    data: Any
+    token: Any
+    head: Any
+
+
 @triton.jit
-def find_block(program, offsets, num_rows, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
+def find_block(batch, program, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
     """The program's row, the row's first token and length, and the first place of the program's block in it."""
     row = -1
-    for b0 in range(0, num_rows, BLOCK_B):
+    for b0 in range(0, batch.num_rows, BLOCK_B):
         b = b0 + tl.arange(0, BLOCK_B)
-        owned = tl.load(offsets + b, mask=b < num_rows, other=0) // BLOCK + b
-        row += tl.sum(((owned <= program) & (b < num_rows)).to(tl.int32), 0)
-    start = tl.load(offsets + row)
-    length = (tl.load(offsets + row + 1) - start).to(tl.int32)
+        owned = tl.load(batch.offsets + b, mask=b < batch.num_rows, other=0) // BLOCK + b
+        row += tl.sum(((owned <= program) & (b < batch.num_rows)).to(tl.int32), 0)
+    start = tl.load(batch.offsets + row)
+    length = (tl.load(batch.offsets + row + 1) - start).to(tl.int32)
     place = (program - (start // BLOCK + row)).to(tl.int32) * BLOCK
     return row, start, length, place
+
+
+@triton.jit
+def history_of(batch, row, length, TARGETS: tl.constexpr):
+    """Tokens of a row before its targets."""
+    history = length
+    if TARGETS:
+        history = (length - tl.load(batch.num_targets + row)).to(tl.int32)
+    return history
 
 
 @triton.jit
@@ -61,15 +105,15 @@ def product(a, b):
 
 
 @triton.jit
-def load_block(x, start, place, length, token_stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`[SIZE, BLOCK]` from a row's place on; `x` points to the head, zero past WIDTH, the last token past the end.
+def load_block(x, head, start, place, length, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`[SIZE, BLOCK]` of one of the `Heads` from a row's place on: zero past WIDTH, the last token past the end.
 
     Only the block's base is a 64-bit sum: offsets within a block are small, and cost half the registers.
     """
     token = tl.minimum(tl.arange(0, SIZE), length - 1 - place)
     d = tl.arange(0, BLOCK)
-    base = x + (start + place) * token_stride
-    return tl.load(base + (token[:, None] * token_stride + d[None, :]), mask=d[None, :] < WIDTH, other=0.0)
+    base = (x.data + head * x.head) + (start + place) * x.token
+    return tl.load(base + (token[:, None] * x.token + d[None, :]), mask=d[None, :] < WIDTH, other=0.0)
 
 
 @triton.jit
@@ -79,12 +123,12 @@ def load_times(x, start, place, length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def key_ranges(m0, length, history, window, contextual, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_ranges(batch, m0, length, history, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys that queries m0 … m0 + BLOCK_M − 1 may see, as two runs of blocks: a place and a count each."""
-    prefix = tl.minimum(contextual, history)
+    prefix = tl.minimum(batch.contextual, history)
     shift = tl.maximum(prefix - 1, 0)
     place = tl.minimum(m0, history)
-    low = tl.where(place - shift < window, 0, place - window + 1) // BLOCK_N * BLOCK_N
+    low = tl.where(place - shift < batch.window, 0, place - batch.window + 1) // BLOCK_N * BLOCK_N
     high = tl.minimum(m0 + BLOCK_M, length)
     high = tl.where(m0 < prefix, tl.maximum(high, history), high)
     # Targets before this block are seen by none of it.
@@ -96,15 +140,15 @@ def key_ranges(m0, length, history, window, contextual, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit
-def query_ranges(n0, length, history, window, contextual, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_ranges(batch, n0, length, history, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Queries that may see keys n0 … n0 + BLOCK_N − 1, as two runs of blocks, as `key_ranges`."""
-    prefix = tl.minimum(contextual, history)
+    prefix = tl.minimum(batch.contextual, history)
     shift = tl.maximum(prefix - 1, 0)
     # The prefix sees the whole history.
     first = tl.where(n0 < history, tl.cdiv(prefix, BLOCK_M), 0)
     own = tl.maximum(n0 // BLOCK_M * BLOCK_M, first * BLOCK_M)
-    bound = n0 + BLOCK_N - 1 + window
-    bound = tl.where(n0 < prefix, tl.maximum(bound, window + shift), bound)
+    bound = n0 + BLOCK_N - 1 + batch.window
+    bound = tl.where(n0 < prefix, tl.maximum(bound, batch.window + shift), bound)
     high = tl.where(bound > history, length, bound)
     high = tl.where(n0 >= history, tl.minimum(n0 + BLOCK_N, length), high)
     second = tl.maximum(tl.cdiv(tl.minimum(high, length) - own, BLOCK_M), 0)
@@ -112,39 +156,39 @@ def query_ranges(n0, length, history, window, contextual, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def tile_visible(m, n, length, history, window, contextual):
+def tile_visible(batch, m, n, length, history):
     """Whether queries at places m see keys at places n, bool `[M, N]`; nothing past the row's end."""
-    prefix = tl.minimum(contextual, history)
+    prefix = tl.minimum(batch.contextual, history)
     shift = tl.maximum(prefix - 1, 0)
     rank_m = tl.maximum(tl.minimum(m, history) - shift, 0)
     rank_n = tl.maximum(tl.minimum(n, history) - shift, 0)
     gap = rank_m[:, None] - rank_n[None, :]
-    seen = ((gap > 0) & (gap < window)) | (m[:, None] == n[None, :])
+    seen = ((gap > 0) & (gap < batch.window)) | (m[:, None] == n[None, :])
     seen = seen | ((m < prefix)[:, None] & (n < history)[None, :])
     return seen & (m < length)[:, None] & (n < length)[None, :]
 
 
 @triton.jit
-def visible_counts(m, history, window, contextual):
+def visible_counts(batch, m, history):
     """How many keys the places m see; `visible_counts` of the reference."""
-    prefix = tl.minimum(contextual, history)
+    prefix = tl.minimum(batch.contextual, history)
     place = tl.minimum(m, history)
-    plain = tl.minimum(place - prefix + 1, window)
-    count = plain + tl.where(place - tl.maximum(prefix - 1, 0) < window, prefix, 0)
+    plain = tl.minimum(place - prefix + 1, batch.window)
+    count = plain + tl.where(place - tl.maximum(prefix - 1, 0) < batch.window, prefix, 0)
     return tl.where(m < prefix, history, count)
 
 
 @triton.jit
-def row_scale(m, history, window, contextual, inverse_norm, COUNT: tl.constexpr):
+def row_scale(batch, m, history, COUNT: tl.constexpr):
     """1/c of the places m, float32 `[M]`."""
     if COUNT:
-        return 1.0 / visible_counts(m, history, window, contextual).to(tl.float32)
+        return 1.0 / visible_counts(batch, m, history).to(tl.float32)
     else:
-        return tl.zeros_like(m).to(tl.float32) + inverse_norm
+        return tl.zeros_like(m).to(tl.float32) + batch.inverse_norm
 
 
 @triton.jit
-def _bucket_of(size, edges):
+def bucket_of(size, edges):
     """`time_bucket` of non-negative int64 seconds.
 
     A float32 logarithm, made a little too small, is right or one too low; one integer comparison settles which.
@@ -155,7 +199,7 @@ def _bucket_of(size, edges):
 
 
 @triton.jit
-def tile_buckets(tq_M, t_N, edges):
+def tile_buckets(batch, tq_M, t_N):
     """Exact time bucket of each pair, int32 `[M, N]`, with the least and the greatest of the tile.
 
     Where times are sorted, most tiles away from the diagonal give each query one bucket for all keys: that of its
@@ -164,42 +208,28 @@ def tile_buckets(tq_M, t_N, edges):
     earliest, latest = tl.min(t_N, 0), tl.max(t_N, 0)
     to_latest, to_earliest = tq_M - latest, tq_M - earliest
     nearest = tl.where(to_latest > 0, to_latest, tl.where(to_earliest < 0, -to_earliest, 0))
-    first_M = _bucket_of(nearest, edges)
-    last_M = _bucket_of(tl.maximum(tl.abs(to_latest), tl.abs(to_earliest)), edges)
+    first_M = bucket_of(nearest, batch.edges)
+    last_M = bucket_of(tl.maximum(tl.abs(to_latest), tl.abs(to_earliest)), batch.edges)
     bucket_MN = tl.zeros([tq_M.shape[0], t_N.shape[0]], tl.int32) + first_M[:, None]
     if tl.max(last_M - first_M, 0) > 0:
-        bucket_MN = _bucket_of(tl.abs(tq_M[:, None] - t_N[None, :]), edges)
+        bucket_MN = bucket_of(tl.abs(tq_M[:, None] - t_N[None, :]), batch.edges)
     return bucket_MN, tl.min(first_M, 0), tl.max(last_M, 0)
 
 
 @triton.jit
-def tile_scores(
-    q_MD,
-    k_ND,
-    alpha,
-    m,
-    n,
-    tq_M,
-    t_N,
-    pos_table,
-    num_positions,
-    time_table,
-    edges,
-    history,
-    POS: tl.constexpr,
-    TIME: tl.constexpr,
-):
+def tile_scores(batch, q_MD, k_ND, m, n, tq_M, t_N, history, POS: tl.constexpr, TIME: tl.constexpr):
     """Scores with both biases, float32, the time buckets, both `[M, N]`, and the tile's least and greatest bucket."""
-    score_MN = product(q_MD, tl.trans(k_ND)) * alpha
+    score_MN = product(q_MD, tl.trans(k_ND)) * batch.alpha
     bucket_MN = tl.zeros_like(score_MN).to(tl.int32)
     low = 0
     high = -1
     if POS:
         distance = tl.abs(tl.minimum(m, history)[:, None] - tl.minimum(n, history)[None, :])
-        score_MN += tl.load(pos_table + tl.minimum(distance, num_positions - 1)).to(tl.float32)
+        score_MN += tl.load(batch.pos_table + tl.minimum(distance, batch.num_positions - 1)).to(tl.float32)
     if TIME:
-        bucket_MN, low, high = tile_buckets(tq_M, t_N, edges)
-        score_MN += tl.load(time_table + bucket_MN).to(tl.float32)
+        # Looked up per pair: a bias taken inside the branch of `tile_buckets` costs registers, and spills.
+        bucket_MN, low, high = tile_buckets(batch, tq_M, t_N)
+        score_MN += tl.load(batch.time_table + bucket_MN).to(tl.float32)
     return score_MN, bucket_MN, low, high
 
 

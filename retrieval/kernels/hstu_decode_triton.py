@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retrieval.kernels.aot_case import AotCase
-from retrieval.kernels.backend import interpreting
+from retrieval.kernels.hstu_attention_tile import bucket_of, product
 from retrieval.kernels.time_bucket import bucket_edges
 
 __all__ = ["LaunchConfig", "aot_cases", "decode_triton", "launch_config"]
@@ -26,26 +26,6 @@ SPLIT = 512
 """Keys of a row that one program reads."""
 
 _FEWEST_FOR_DOT = 4
-# 1 / (0.301 · log2 e)
-_BUCKETS_PER_OCTAVE = tl.constexpr(2.302814553355632)
-
-
-@triton.jit
-def _bucket(delta, edges_ptr):
-    """`time_bucket` of int64 seconds: a logarithm made a little too small is at most one low, a comparison tells."""
-    size = tl.abs(delta)
-    octaves = tl.log2(tl.maximum(size, 1).to(tl.float32))
-    bucket = tl.minimum((octaves * _BUCKETS_PER_OCTAVE - 0.01).to(tl.int32), 127)
-    return bucket + (size >= tl.load(edges_ptr + bucket + 1)).to(tl.int32)
-
-
-@triton.jit
-def _product(a, b, WIDEN: tl.constexpr):
-    """Matrix product in float32. The interpreter multiplies the bit patterns of bfloat16 unless it is widened."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -77,7 +57,6 @@ def _split_kernel(
     TIME: tl.constexpr,
     COUNT: tl.constexpr,
     PARTIAL: tl.constexpr,
-    WIDEN: tl.constexpr,
     SPLIT_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,7 +100,7 @@ def _split_kernel(
             distance = position_M[None, :] - n[:, None]
             visible = (distance >= 0) & is_key_N[:, None]
         else:
-            score = alpha * _product(q_MD, tl.trans(k_ND), WIDEN)
+            score = alpha * product(q_MD, tl.trans(k_ND))
             distance = position_M[:, None] - n[None, :]
             visible = (distance >= 0) & is_key_N[None, :]
         if POS:
@@ -131,12 +110,12 @@ def _split_kernel(
         if TIME:
             time_N = tl.load(times_ptr + token_N, mask=is_key_N, other=0)
             delta = asked_M[None, :] - time_N[:, None] if BLOCK_M == 1 else asked_M[:, None] - time_N[None, :]
-            score += tl.load(time_table_ptr + _bucket(delta, edges_ptr)).to(tl.float32)
+            score += tl.load(time_table_ptr + bucket_of(tl.abs(delta), edges_ptr)).to(tl.float32)
         attention = tl.where(visible, score * tl.sigmoid(score), 0.0)
         if BLOCK_M == 1:
             acc += attention * v_NV.to(tl.float32)
         else:
-            acc += _product(attention.to(v_NV.dtype), v_NV, WIDEN)
+            acc += product(attention.to(v_NV.dtype), v_NV)
 
     if BLOCK_M == 1:
         acc = tl.sum(acc, 0)[None, :]
@@ -250,7 +229,7 @@ def decode_triton(
         rows, queries, heads, 0 if pos_table is None else len(pos_table),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), alpha, inverse_norm,
         D=d, V=width, POS=pos_table is not None, TIME=time_table is not None, COUNT=norm is None,
-        PARTIAL=splits > 1, WIDEN=interpreting(), SPLIT_N=SPLIT,
+        PARTIAL=splits > 1, SPLIT_N=SPLIT,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_V=config.block_v,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -271,7 +250,7 @@ def aot_cases() -> list[AotCase]:
         config = launch_config(queries, d, v, 4 if dtype == "fp32" else 2)
         sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
         common = {"V": v, "COUNT": False, "SPLIT_N": SPLIT, "BLOCK_V": config.block_v}
-        constants = common | sizes | {"D": d, "POS": True, "TIME": True, "WIDEN": False, "PARTIAL": partial}
+        constants = common | sizes | {"D": d, "POS": True, "TIME": True, "PARTIAL": partial}
         name = f"M{queries} D{d} {dtype}{' partial' if partial else ''}"
         signature = _signature(_split_kernel, constants, dtype, "fp32" if partial else dtype)
         cases.append(

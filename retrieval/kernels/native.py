@@ -19,7 +19,7 @@ from pathlib import Path
 __all__ = ["library"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention"))
+_SOURCES = tuple(_FOLDER / f"{name}_native.cpp" for name in ("gated_norm", "hstu_attention", "softmax_loss"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
 _log = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ Legend: see `softmax_loss.py`; M positions of a step.
 import torch
 from torch import Tensor
 
+from retrieval.kernels import softmax_loss_native
+
 __all__ = ["forward_cpu"]
 
 # Logits of a step, float32 4 MiB: on the way from the product over the exponential to two more products they should
@@ -29,6 +31,9 @@ def forward_cpu(
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[T]`, Σ_r p_tr e_r `[T, D]` and Σ_t w_t p_tr u_t `[R, D]`; see `softmax_loss`."""
+    if users.dtype == torch.bfloat16 and len(users) and len(items) and softmax_loss_native.available():
+        inputs = (users, items, positive, bias, first, last, weights, scale, with_gradients)
+        return softmax_loss_native.forward(*inputs)
     wide = positive.dtype
     items = items.to(wide)
     first, last = first.long(), last.long()

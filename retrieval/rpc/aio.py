@@ -4,25 +4,25 @@ async with AsyncRetrievalClient("localhost:50051") as client:
     answers = await asyncio.gather(*(client.retrieve(user, k=100) for user in users))
 """
 
-from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Sequence
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from retrieval.errors import RetrievalError
 from retrieval.histories.event import Event
 from retrieval.index.filter import Filter
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
-from retrieval.rpc.client import OPTIONS, SERVICE, authorization, retrieve_message
+from retrieval.rpc.client import SERVICE, SERVICE_CONFIG, retrieve_message
+from retrieval.rpc.connection import AsyncConnection
 from retrieval.rpc.convert import (
+    batch_from,
+    batch_request_to,
     embed_request_to,
     embedded_from,
-    record_request_to,
-    recorded_from,
     retrieved_from,
     state_from,
 )
+from retrieval.rpc.convert_record import record_request_to, recorded_from
 from retrieval.rpc.requests import (
     Embedded,
     Embedding,
@@ -32,15 +32,18 @@ from retrieval.rpc.requests import (
     Recorded,
     RecordRequest,
     Retrieved,
+    RetrieveRequest,
     ServingState,
     StoredUser,
 )
-from retrieval.rpc.status import error_of
+from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
 
 __all__ = ["AsyncRetrievalClient"]
 
+_METHODS = pb.DESCRIPTOR.services_by_name["RetrievalService"].methods_by_name
 
-class AsyncRetrievalClient:
+
+class AsyncRetrievalClient(AsyncConnection):
     """`RetrievalClient` whose calls are awaited: same arguments, answers, errors, deadlines and retries.
 
     To be made and used in one event loop. Args as of `RetrievalClient`.
@@ -54,43 +57,13 @@ class AsyncRetrievalClient:
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
     ) -> None:
-        self._address, self._timeout, self._metadata = address, timeout, authorization(token)
-        if credentials is not None:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
-        self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
-        self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
-        self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
-
-    def _method(self, name: str, request: Any, response: Any) -> Callable[..., Awaitable[Any]]:
-        method: Callable[..., Awaitable[Any]] = self._channel.unary_unary(
-            f"/{SERVICE}/{name}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        return method
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection; calls in flight are cancelled."""
-        await self._channel.close()
-
-    async def _call(self, method: Callable[..., Awaitable[Any]], message: Any, timeout: float | None) -> Any:
-        seconds = timeout if timeout is not None else self._timeout
-        try:
-            return await method(message, timeout=seconds, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error, self._address, seconds) from None
+        super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
+        self._retrieve = self._described(_METHODS["Retrieve"])
+        self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
+        self._embed_users = self._described(_METHODS["EmbedUsers"])
+        self._record_events = self._described(_METHODS["RecordEvents"])
+        self._state = self._described(_METHODS["GetServingState"])
+        self._health = self._method(HEALTH_CHECK, HealthCheckRequest, HealthCheckResponse)
 
     async def retrieve(
         self,
@@ -104,13 +77,21 @@ class AsyncRetrievalClient:
         filter: Filter | str | None = None,
         required_version: str = "",
         action: str = "",
+        exact: bool = False,
+        debug: bool = False,
         timeout: float | None = None,
     ) -> Retrieved:
         """As `RetrievalClient.retrieve`."""
         message = retrieve_message(
-            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action
+            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action, exact, debug
         )
         return retrieved_from(await self._call(self._retrieve, message, timeout))
+
+    async def batch_retrieve(
+        self, requests: Sequence[RetrieveRequest], *, timeout: float | None = None
+    ) -> list[Retrieved | RetrievalError]:
+        """As `RetrievalClient.batch_retrieve`."""
+        return batch_from(await self._call(self._batch_retrieve, batch_request_to(requests), timeout))
 
     async def embed_users(
         self,
@@ -135,5 +116,5 @@ class AsyncRetrievalClient:
 
     async def is_serving(self, *, timeout: float | None = None) -> bool:
         """As `RetrievalClient.is_serving`."""
-        answer = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service=SERVICE), timeout)
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        answer = await self._call(self._health, HealthCheckRequest(service=SERVICE), timeout)
+        return bool(answer.status == SERVING)

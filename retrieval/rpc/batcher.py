@@ -80,27 +80,28 @@ class Batcher(Generic[_Job, _Answer]):
         return self._in_hand.total()
 
     @contextmanager
-    def slot(self, client: str = "") -> Iterator[None]:
-        """Count a call of a client as in hand while the block runs.
+    def slot(self, client: str = "", calls: int = 1) -> Iterator[None]:
+        """Count so many calls of a client as in hand while the block runs.
 
         Raises:
-            OverloadedError: as many calls as the capacity are in hand already, in all or of this client.
+            OverloadedError: with these there would be more calls in hand than the capacity, in all or of this client.
         """
+        more = "as many as" if calls == 1 else f"and {calls} more are more than"
         total = self.in_hand
-        if total >= self._capacity:
+        if total + calls > self._capacity:
             raise OverloadedError(
-                f"{total} calls are in hand, as many as this server takes; try again later", self._batch_seconds
+                f"{total} calls are in hand, {more} this server takes; try again later", self._batch_seconds
             )
-        if self._in_hand[client] >= self._client_capacity:
+        if self._in_hand[client] + calls > self._client_capacity:
             raise OverloadedError(
-                f"{self._in_hand[client]} calls of {client} are in hand, as many as this server takes of one client",
+                f"{self._in_hand[client]} calls of {client} are in hand, {more} this server takes of one client",
                 self._batch_seconds,
             )
-        self._in_hand[client] += 1
+        self._in_hand[client] += calls
         try:
             yield
         finally:
-            self._in_hand[client] -= 1
+            self._in_hand[client] -= calls
             if not self._in_hand[client]:
                 del self._in_hand[client]
 

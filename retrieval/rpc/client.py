@@ -9,27 +9,28 @@ with RetrievalClient("localhost:50051") as client:
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Sequence
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from retrieval.errors import RetrievalError
 from retrieval.histories.event import Event
 from retrieval.index.filter import Filter, filter_from
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.connection import Connection
 from retrieval.rpc.convert import (
+    batch_from,
+    batch_request_to,
     embed_request_to,
     embedded_from,
-    record_request_to,
-    recorded_from,
     retrieve_request_to,
     retrieved_from,
     state_from,
 )
+from retrieval.rpc.convert_record import record_request_to, recorded_from
 from retrieval.rpc.errors import UnavailableError
 from retrieval.rpc.requests import (
+    Debug,
     Embedded,
     Embedding,
     EmbedRequest,
@@ -39,30 +40,35 @@ from retrieval.rpc.requests import (
     RecordRequest,
     Retrieved,
     RetrieveRequest,
+    SearchPlan,
     ServingState,
     Source,
     StoredUser,
 )
-from retrieval.rpc.status import error_of
+from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
 
 __all__ = [
-    "OPTIONS",
     "SERVICE",
+    "SERVICE_CONFIG",
+    "Debug",
     "Embedded",
     "Embedding",
     "Event",
     "History",
     "Recorded",
     "RetrievalClient",
+    "RetrieveRequest",
     "Retrieved",
+    "SearchPlan",
     "ServingState",
     "Source",
     "StoredUser",
-    "authorization",
     "retrieve_message",
 ]
 
-SERVICE: str = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RetrievalService"]
+_METHODS = _DESCRIPTOR.methods_by_name
+SERVICE: str = _DESCRIPTOR.full_name
 
 # Any call may be repeated: the server recognises recorded events. All five attempts fit in the default deadline, so
 # that a server without a snapshot is reported as that and not as a deadline that passed.
@@ -80,17 +86,8 @@ _RETRIES = {
         }
     ]
 }
-OPTIONS = [
-    ("grpc.service_config", json.dumps(_RETRIES)),
-    # Embeddings of many users are larger than gRPC's default of 4 MiB.
-    ("grpc.max_receive_message_length", 64 * 2**20),
-]
+SERVICE_CONFIG = json.dumps(_RETRIES)
 _POLL_SECONDS = 0.1
-
-
-def authorization(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call: the bearer token, if there is one."""
-    return (("authorization", f"Bearer {token}"),) if token is not None else ()
 
 
 def retrieve_message(
@@ -103,6 +100,8 @@ def retrieve_message(
     filter: Filter | str | None,
     required_version: str,
     action: str,
+    exact: bool,
+    debug: bool,
 ) -> pb.RetrieveRequest:
     """The message of a `RetrievalClient.retrieve`, whose arguments these are."""
     request = RetrieveRequest(
@@ -115,11 +114,13 @@ def retrieve_message(
         filter=filter_from(filter) if isinstance(filter, str) else filter,
         required_version=required_version,
         action=action,
+        exact=exact,
+        debug=debug,
     )
     return retrieve_request_to(request)
 
 
-class RetrievalClient:
+class RetrievalClient(Connection):
     """A connection to a retrieval server. Any number of threads may share it.
 
     All calls raise, with the server's sentence:
@@ -149,44 +150,13 @@ class RetrievalClient:
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
     ) -> None:
-        self._address, self._timeout = address, timeout
-        self._metadata = authorization(token)
-        if credentials is not None:
-            self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
-        else:
-            self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._retrieve = self._method("Retrieve", pb.RetrieveRequest, pb.RetrieveResponse)
-        self._embed_users = self._method("EmbedUsers", pb.EmbedUsersRequest, pb.EmbedUsersResponse)
-        self._record_events = self._method("RecordEvents", pb.RecordEventsRequest, pb.RecordEventsResponse)
-        self._state = self._method("GetServingState", pb.GetServingStateRequest, pb.GetServingStateResponse)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
-
-    def _method(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
-        method: Callable[..., Any] = self._channel.unary_unary(
-            f"/{SERVICE}/{name}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        return method
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection; calls in flight are cancelled."""
-        self._channel.close()
-
-    def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
-        seconds = timeout if timeout is not None else self._timeout
-        try:
-            return method(message, timeout=seconds, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise error_of(error, self._address, seconds) from None
+        super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
+        self._retrieve = self._described(_METHODS["Retrieve"])
+        self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
+        self._embed_users = self._described(_METHODS["EmbedUsers"])
+        self._record_events = self._described(_METHODS["RecordEvents"])
+        self._state = self._described(_METHODS["GetServingState"])
+        self._health = self._method(HEALTH_CHECK, HealthCheckRequest, HealthCheckResponse)
 
     def retrieve(
         self,
@@ -200,6 +170,8 @@ class RetrievalClient:
         filter: Filter | str | None = None,
         required_version: str = "",
         action: str = "",
+        exact: bool = False,
+        debug: bool = False,
         timeout: float | None = None,
     ) -> Retrieved:
         """The best items for a user, best first: exactly min(k, eligible items) of them.
@@ -214,6 +186,8 @@ class RetrievalClient:
             filter: what items must meet to be in the answer, as a value or as text (`retrieval.index.filter`).
             required_version: the snapshot that must answer; "" is whichever is live.
             action: which the user is likely to meet the items with; "" is any positive one.
+            exact: score every eligible item instead of asking the index.
+            debug: also tell how the answer came about (`Retrieved.debug`).
             timeout: seconds; None takes the client's.
 
         Raises:
@@ -221,9 +195,26 @@ class RetrievalClient:
             RetrievalError: see the class.
         """
         message = retrieve_message(
-            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action
+            user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action, exact, debug
         )
         return retrieved_from(self._call(self._retrieve, message, timeout))
+
+    def batch_retrieve(
+        self, requests: Sequence[RetrieveRequest], *, timeout: float | None = None
+    ) -> list[Retrieved | RetrievalError]:
+        """Many `retrieve`s in one call, answered from one snapshot.
+
+        Args:
+            requests: from 1 to 64, of any users.
+            timeout: seconds for all of them; None takes the client's.
+
+        Returns:
+            What became of each request, in their order: its answer, or the error that `retrieve` would have raised.
+
+        Raises:
+            RetrievalError: see the class; of the call as a whole.
+        """
+        return batch_from(self._call(self._batch_retrieve, batch_request_to(requests), timeout))
 
     def embed_users(
         self,
@@ -276,8 +267,8 @@ class RetrievalClient:
         Raises:
             RetrievalError: see the class.
         """
-        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=SERVICE), timeout)
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        answer = self._call(self._health, HealthCheckRequest(service=SERVICE), timeout)
+        return bool(answer.status == SERVING)
 
     def wait_until_serving(self, seconds: float) -> None:
         """Wait for a server that is being started, or that has no snapshot yet.

@@ -1,38 +1,40 @@
 """Messages to plain requests and answers, and back. Used by both ends: no numpy, torch or faiss here."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from retrieval.errors import FilterError, InvalidRequestError
-from retrieval.histories.event import Event
-from retrieval.index.filter import And, Compare, Filter, In, Missing, Not, Or, Value
+from retrieval.errors import InvalidRequestError, RetrievalError
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.convert_filter import filter_from_message, filter_to
 from retrieval.rpc.errors import ServerFaultError
+from retrieval.rpc.fields import set_field
 from retrieval.rpc.requests import (
+    Debug,
     Embedded,
     Embedding,
     EmbedRequest,
     History,
     Ids,
-    Recorded,
-    RecordRequest,
     Retrieved,
     RetrieveRequest,
+    SearchPlan,
     ServingState,
     Source,
     StoredUser,
 )
+from retrieval.rpc.status import error_from, error_to
 
 __all__ = [
+    "batch_from",
+    "batch_request_from",
+    "batch_request_to",
+    "batch_to",
     "embed_request_from",
     "embed_request_to",
     "embedded_from",
     "embedded_to",
-    "record_request_from",
-    "record_request_to",
-    "recorded_from",
-    "recorded_to",
+    "id_from",
+    "id_to",
     "retrieve_request_from",
     "retrieve_request_to",
     "retrieved_from",
@@ -46,17 +48,16 @@ _SOURCES = {
     Source.POPULARITY: pb.SOURCE_POPULARITY,
     Source.CONTEXT: pb.SOURCE_CONTEXT,
 }
-_OPERATORS = {
-    "<": pb.Filter.OPERATOR_LESS,
-    "<=": pb.Filter.OPERATOR_AT_MOST,
-    ">": pb.Filter.OPERATOR_GREATER,
-    ">=": pb.Filter.OPERATOR_AT_LEAST,
+_PLANS = {
+    None: pb.Debug.PLAN_UNSPECIFIED,
+    SearchPlan.INDEX: pb.Debug.PLAN_INDEX,
+    SearchPlan.SELECTOR: pb.Debug.PLAN_SELECTOR,
+    SearchPlan.SCAN: pb.Debug.PLAN_SCAN,
 }
-_OPERATOR_OF = {number: operator for operator, number in _OPERATORS.items()}
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# As deep as a filter's text may be; whatever walks a filter recurses.
-_DEEPEST = 50
+_PLAN_OF = {number: plan for plan, number in _PLANS.items()}
 _SOURCE_OF = {number: source for source, number in _SOURCES.items()}
+_STAGES = ("decode", "queue", "encode", "search")
+_NUMBER, _TEXT = "an integer of its range", "text"
 
 
 def _fill(target: Any, values: Sequence[Any], field: str, kind: str) -> None:
@@ -99,14 +100,22 @@ def _history_to(message: pb.History, history: History, field: str) -> None:
     message.SetInParent()
 
 
-def _id_to(message: pb.UserId | pb.ItemId, value: int | str, field: str) -> None:
-    try:
-        setattr(message, "string" if isinstance(value, str) else "integer", value)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(field, f"must be a string or a 64-bit integer ({error})") from None
+def id_to(message: pb.UserId | pb.ItemId, value: int | str, field: str) -> None:
+    """Set an id.
+
+    Raises:
+        InvalidRequestError: it is neither text nor an integer of 64 bits.
+    """
+    kind = "string" if isinstance(value, str) else "integer"
+    set_field(message, kind, value, field, "a string or a 64-bit integer")
 
 
-def _id_from(message: pb.UserId | pb.ItemId, field: str) -> int | str:
+def id_from(message: pb.UserId | pb.ItemId, field: str) -> int | str:
+    """The id in a message.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
     kind = message.WhichOneof("kind")
     if kind is None:
         raise InvalidRequestError(field, "holds no id; set `integer` or `string`")
@@ -118,7 +127,7 @@ def _user_to(message: Any, user: History | StoredUser | Embedding | None, prefix
     if isinstance(user, History):
         _history_to(message.history, user, f"{prefix}history")
     elif isinstance(user, StoredUser):
-        _id_to(message.stored_user, user.id, f"{prefix}stored_user")
+        id_to(message.stored_user, user.id, f"{prefix}stored_user")
         if user.fresh is not None:
             _history_to(message.fresh_events, user.fresh, f"{prefix}fresh_events")
     elif isinstance(user, Embedding):
@@ -144,7 +153,7 @@ def _user_from(message: Any, prefix: str) -> History | StoredUser | Embedding | 
         case "history":
             return _history_from(message.history, f"{prefix}history")
         case "stored_user":
-            return StoredUser(_id_from(message.stored_user, f"{prefix}stored_user"), fresh)
+            return StoredUser(id_from(message.stored_user, f"{prefix}stored_user"), fresh)
         case "embedding":
             return Embedding(message.embedding.values)
     return None
@@ -158,112 +167,32 @@ def _series_from(message: pb.AuxiliarySeries, field: str) -> list[tuple[int, str
     return list(zip(message.timestamps, message.values, strict=True))
 
 
-def _set_number(message: Any, field: str, value: int) -> None:
-    try:
-        setattr(message, field, value)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(field, f"must be an integer of its range ({error})") from None
-
-
-def _value_to(message: pb.FilterValue, value: Value, field: str) -> None:
-    try:
-        if isinstance(value, bool):
-            message.boolean = value
-        elif isinstance(value, int):
-            message.integer = value
-        elif isinstance(value, float):
-            message.number = value
-        elif isinstance(value, str):
-            message.text = value
-        else:
-            moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
-            message.moment = (moment - _EPOCH) // timedelta(microseconds=1)
-    except ValueError as error:
-        raise InvalidRequestError(field, f"must be a 64-bit integer or Unicode text ({error})") from None
-
-
-def _value_from(message: pb.FilterValue, field: str) -> Value:
-    kind = message.WhichOneof("kind")
-    if kind is None:
-        raise InvalidRequestError(field, "is empty; set text, integer, number, boolean or moment")
-    value: Value = getattr(message, kind)
-    if kind != "moment":
-        return value
-    try:
-        return _EPOCH + timedelta(microseconds=message.moment)
-    except OverflowError:
-        raise InvalidRequestError(field, f"{message.moment} is not a moment of the years 1 to 9999") from None
-
-
-def _check_depth(depth: int) -> None:
-    if depth > _DEEPEST:
-        raise InvalidRequestError("filter", f"is nested deeper than {_DEEPEST} levels")
-
-
-def _filter_to(message: pb.Filter, filter_: Filter, field: str, depth: int = 1) -> None:
-    _check_depth(depth)
-    if isinstance(filter_, And | Or):
-        kind = "all" if isinstance(filter_, And) else "any"
-        for place, part in enumerate(filter_.parts):
-            _filter_to(getattr(message, kind).filters.add(), part, f"{field}.{kind}[{place}]", depth + 1)
-    elif isinstance(filter_, Not):
-        _filter_to(getattr(message, "not"), filter_.part, f"{field}.not", depth + 1)
-    elif isinstance(filter_, In):
-        test = getattr(message, "in")
-        test.attribute = filter_.attribute
-        for place, value in enumerate(filter_.values):
-            _value_to(test.values.add(), value, f"{field}.in.values[{place}]")
-    elif isinstance(filter_, Compare):
-        message.compare.attribute, message.compare.operator = filter_.attribute, _OPERATORS[filter_.operator]
-        _value_to(message.compare.value, filter_.value, f"{field}.compare.value")
-    else:
-        assert isinstance(filter_, Missing)
-        message.missing.attribute = filter_.attribute
-
-
-def _filter_from(message: pb.Filter, field: str, depth: int = 1) -> Filter:
-    _check_depth(depth)
-    kind = message.WhichOneof("kind")
-    if kind is None:
-        raise InvalidRequestError(field, "is empty; set in, compare, missing, all, any or not")
-    inner = getattr(message, kind)
-    field = f"{field}.{kind}"
-    try:
-        if kind == "in":
-            values = (_value_from(value, f"{field}.values[{place}]") for place, value in enumerate(inner.values))
-            return In(inner.attribute, tuple(values))
-        if kind == "compare":
-            if inner.operator not in _OPERATOR_OF:
-                raise InvalidRequestError(f"{field}.operator", f"{inner.operator} is no operator")
-            return Compare(inner.attribute, _OPERATOR_OF[inner.operator], _value_from(inner.value, f"{field}.value"))
-        if kind == "missing":
-            return Missing(inner.attribute)
-        if kind == "not":
-            return Not(_filter_from(inner, field, depth + 1))
-        parts = tuple(_filter_from(part, f"{field}[{place}]", depth + 1) for place, part in enumerate(inner.filters))
-        return And(parts) if kind == "all" else Or(parts)
-    except FilterError as error:
-        raise InvalidRequestError(field, str(error)) from None
-
-
 def retrieve_request_to(request: RetrieveRequest) -> pb.RetrieveRequest:
     """A request as a message.
 
     Raises:
         InvalidRequestError: a value does not fit its field.
     """
-    message = pb.RetrieveRequest(exclude_seen=request.exclude_seen, include_titles=request.include_titles)
+    message = pb.RetrieveRequest()
+    _retrieve_request_into(message, request)
+    return message
+
+
+def _retrieve_request_into(message: pb.RetrieveRequest, request: RetrieveRequest) -> None:
     _user_to(message, request.user, "")
-    _set_number(message, "k", request.k)
+    set_field(message, "k", request.k, "k", _NUMBER)
     if request.request_time is not None:
-        _set_number(message, "request_time", request.request_time)
+        set_field(message, "request_time", request.request_time, "request_time", _NUMBER)
     if len(request.exclude):
         _ids_to(message.exclude, request.exclude, "exclude")
     if request.filter is not None:
-        _filter_to(message.filter, request.filter, "filter")
-    message.required_version = request.required_version
-    message.action = request.action
-    return message
+        filter_to(message.filter, request.filter, "filter")
+    set_field(message, "required_version", request.required_version, "required_version", _TEXT)
+    set_field(message, "action", request.action, "action", _TEXT)
+    for name in ("exclude_seen", "include_titles", "exact", "debug"):
+        # A switch that is off need not be written.
+        if getattr(request, name):
+            setattr(message, name, True)
 
 
 def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
@@ -279,10 +208,38 @@ def retrieve_request_from(message: pb.RetrieveRequest) -> RetrieveRequest:
         exclude=_ids_from(message.exclude),
         exclude_seen=message.exclude_seen,
         include_titles=message.include_titles,
-        filter=_filter_from(message.filter, "filter") if message.HasField("filter") else None,
+        filter=filter_from_message(message.filter, "filter") if message.HasField("filter") else None,
         required_version=message.required_version,
         action=message.action,
+        exact=message.exact,
+        debug=message.debug,
     )
+
+
+def batch_request_to(requests: Sequence[RetrieveRequest]) -> pb.BatchRetrieveRequest:
+    """Requests as a message.
+
+    Raises:
+        InvalidRequestError: a value does not fit its field.
+    """
+    message = pb.BatchRetrieveRequest()
+    for place, request in enumerate(requests):
+        try:
+            _retrieve_request_into(message.requests.add(), request)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"requests[{place}].{error.field}", error.reason) from None
+    return message
+
+
+def batch_request_from(message: pb.BatchRetrieveRequest) -> list[RetrieveRequest | RetrievalError]:
+    """A message's requests; where one is none, why."""
+    requests: list[RetrieveRequest | RetrievalError] = []
+    for part in message.requests:
+        try:
+            requests.append(retrieve_request_from(part))
+        except InvalidRequestError as error:
+            requests.append(error)
+    return requests
 
 
 def embed_request_to(request: EmbedRequest) -> pb.EmbedUsersRequest:
@@ -291,11 +248,12 @@ def embed_request_to(request: EmbedRequest) -> pb.EmbedUsersRequest:
     Raises:
         InvalidRequestError: a value does not fit its field.
     """
-    message = pb.EmbedUsersRequest(action=request.action)
+    message = pb.EmbedUsersRequest()
+    set_field(message, "action", request.action, "action", _TEXT)
     for place, user in enumerate(request.users):
         _user_to(message.users.add(), user, f"users[{place}].")
     if request.request_time is not None:
-        _set_number(message, "request_time", request.request_time)
+        set_field(message, "request_time", request.request_time, "request_time", _NUMBER)
     return message
 
 
@@ -314,55 +272,6 @@ def embed_request_from(message: pb.EmbedUsersRequest) -> EmbedRequest:
     )
 
 
-def record_request_to(request: RecordRequest) -> pb.RecordEventsRequest:
-    """A request as a message.
-
-    Raises:
-        InvalidRequestError: a value does not fit its field.
-    """
-    message = pb.RecordEventsRequest()
-    for place, event in enumerate(request.events):
-        part, field = message.events.add(), f"events[{place}]"
-        _id_to(part.user_id, event.user_id, f"{field}.user_id")
-        _id_to(part.item_id, event.item_id, f"{field}.item_id")
-        for name, kind in (("action", "text"), ("timestamp", "an integer, in seconds"), ("event_id", "text")):
-            try:
-                setattr(part, name, getattr(event, name))
-            except (TypeError, ValueError) as error:
-                raise InvalidRequestError(f"{field}.{name}", f"must be {kind} ({error})") from None
-    return message
-
-
-def record_request_from(message: pb.RecordEventsRequest) -> RecordRequest:
-    """A message as a request.
-
-    Raises:
-        InvalidRequestError: an event without a user or an item.
-    """
-    return RecordRequest(
-        events=[
-            Event(
-                user_id=_id_from(event.user_id, f"events[{place}].user_id"),
-                item_id=_id_from(event.item_id, f"events[{place}].item_id"),
-                timestamp=event.timestamp,
-                action=event.action,
-                event_id=event.event_id,
-            )
-            for place, event in enumerate(message.events)
-        ]
-    )
-
-
-def recorded_to(answer: Recorded) -> pb.RecordEventsResponse:
-    """An answer as a message."""
-    return pb.RecordEventsResponse(unknown_items=answer.unknown_items)
-
-
-def recorded_from(message: pb.RecordEventsResponse) -> Recorded:
-    """A message as an answer."""
-    return Recorded(unknown_items=message.unknown_items)
-
-
 def retrieved_to(answer: Retrieved, *, string_ids: bool) -> pb.RetrieveResponse:
     """An answer as a message; `string_ids` keeps the kind of an answer without items."""
     message = pb.RetrieveResponse(
@@ -371,12 +280,28 @@ def retrieved_to(answer: Retrieved, *, string_ids: bool) -> pb.RetrieveResponse:
         shortfall=answer.shortfall,
         unknown_items=answer.unknown_items,
         titles=answer.titles,
+        cold_items=answer.cold_items,
     )
     ids: Any = message.items.strings if string_ids else message.items.integers
     ids.values.extend(answer.items)
     ids.SetInParent()
     message.scores.extend(answer.scores)
+    if answer.debug is not None:
+        _debug_to(message.debug, answer.debug)
     return message
+
+
+def _debug_to(message: pb.Debug, debug: Debug) -> None:
+    message.plan, message.eligible, message.batch_size = _PLANS[debug.plan], debug.eligible, debug.batch_size
+    for stage in _STAGES:
+        getattr(message, stage).FromNanoseconds(round(1e9 * getattr(debug, f"{stage}_seconds")))
+
+
+def _debug_from(message: pb.Debug) -> Debug:
+    seconds = {f"{stage}_seconds": getattr(message, stage).ToNanoseconds() / 1e9 for stage in _STAGES}
+    # A plan that is newer than this client is none that it knows.
+    plan = _PLAN_OF.get(message.plan)
+    return Debug(plan=plan, eligible=message.eligible, batch_size=message.batch_size, **seconds)
 
 
 def retrieved_from(message: pb.RetrieveResponse) -> Retrieved:
@@ -395,7 +320,32 @@ def retrieved_from(message: pb.RetrieveResponse) -> Retrieved:
         shortfall=message.shortfall,
         unknown_items=message.unknown_items,
         titles=list(message.titles),
+        cold_items=list(message.cold_items),
+        debug=_debug_from(message.debug) if message.HasField("debug") else None,
     )
+
+
+def batch_to(outcomes: Sequence[Retrieved | Exception], *, string_ids: bool) -> pb.BatchRetrieveResponse:
+    """Outcomes as a message; `string_ids` keeps the kind of an answer without items."""
+    results = []
+    for outcome in outcomes:
+        if isinstance(outcome, Retrieved):
+            results.append(pb.RetrieveResult(response=retrieved_to(outcome, string_ids=string_ids)))
+        else:
+            results.append(pb.RetrieveResult(error=error_to(outcome)))
+    return pb.BatchRetrieveResponse(results=results)
+
+
+def batch_from(message: pb.BatchRetrieveResponse) -> list[Retrieved | RetrievalError]:
+    """A message as outcomes.
+
+    Raises:
+        ServerFaultError: as `retrieved_from`.
+    """
+    return [
+        retrieved_from(result.response) if result.HasField("response") else error_from(result.error)
+        for result in message.results
+    ]
 
 
 def embedded_to(answer: Embedded) -> pb.EmbedUsersResponse:

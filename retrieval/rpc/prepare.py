@@ -3,7 +3,7 @@
 Fields in messages carry the names that they have in `retrieval.proto`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.errors import FilterError, InvalidRequestError
-from retrieval.histories.store import StoredHistory
+from retrieval.histories.store import Series, StoredHistory
 from retrieval.index.filter import And, Compare, Filter, In, Not, Or
 from retrieval.rpc.errors import VersionNotLoadedError
 from retrieval.rpc.requests import Embedding, EmbedRequest, History, Ids, RetrieveRequest
@@ -24,6 +24,7 @@ __all__ = [
     "Limits",
     "PreparedEmbed",
     "PreparedRetrieve",
+    "Trace",
     "UserEvents",
     "fresh_history",
     "prepare_embed",
@@ -47,6 +48,7 @@ class Limits(Config):
         max_excluded: ids to exclude.
         max_users: users of one EmbedUsers call.
         max_filter: tests and values of a filter together.
+        max_batch: requests of one BatchRetrieve call.
         max_recorded: events of one RecordEvents call.
     """
 
@@ -55,6 +57,7 @@ class Limits(Config):
     max_excluded: int = Field(default=100_000, ge=0)
     max_users: int = Field(default=256, ge=1)
     max_filter: int = Field(default=10_000, ge=1)
+    max_batch: int = Field(default=64, ge=1)
     max_recorded: int = Field(default=1_000, ge=1)
 
 
@@ -90,6 +93,14 @@ class UserEvents:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Moments of a request, in seconds of `time.perf_counter`: when it came, and when it was ready to be worked on."""
+
+    came: float
+    ready: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRetrieve:
     """A checked `RetrieveRequest`, bound to the snapshot that it was checked against.
@@ -101,6 +112,8 @@ class PreparedRetrieve:
         excluded: rows without repeats, int64.
         include_titles: whether titles are wanted.
         filter: what answers must meet, checked against the snapshot; None is anything.
+        exact: whether to score every eligible item.
+        trace: when this was asked and ready; None where nobody wants to know.
     """
 
     serving: ServingSnapshot
@@ -109,6 +122,8 @@ class PreparedRetrieve:
     excluded: NDArray[np.int64]
     include_titles: bool
     filter: Filter | None
+    exact: bool
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +191,7 @@ def prepare_retrieve(
         excluded=np.unique(excluded[excluded >= 0]),
         include_titles=request.include_titles,
         filter=request.filter,
+        exact=request.exact,
     )
 
 
@@ -212,7 +228,7 @@ def fresh_history(serving: ServingSnapshot, history: History, limits: Limits, fi
         actions=list(history.actions) or [""] * len(history.items),
         timestamps=_timestamps(history.timestamps, f"{field}.timestamps"),
         context=history.context,
-        auxiliary=history.auxiliary,
+        auxiliary=_series_of(history),
     )
 
 
@@ -223,10 +239,11 @@ def _events(
         _check_history(serving, history, limits, field)
         rows = _rows(serving, history.items, f"{field}.items")
         timestamps = _timestamps(history.timestamps, f"{field}.timestamps")
+        auxiliary = _series_of(history)
     else:
         # Our own store's data: an action that the snapshot does not know is not the caller's mistake.
         rows = serving.snapshot.vocabulary.rows_of(history.items)
-        timestamps = history.timestamps
+        timestamps, auxiliary = history.timestamps, history.auxiliary
     known = np.flatnonzero(rows >= 0)
     latest = known[-serving.max_length :]
     if len(history.actions):
@@ -238,12 +255,16 @@ def _events(
         rows=rows[latest],
         actions=actions,
         timestamps=timestamps[latest],
-        side=serving.side(history.context, history.auxiliary),
+        side=serving.side(history.context, auxiliary),
         request_time=time,
         action=action,
         seen=rows[known],
         unknown=len(rows) - len(known),
     )
+
+
+def _series_of(history: History) -> Mapping[str, Series]:
+    return {name: Series.of(points) for name, points in history.auxiliary.items()}
 
 
 def _check_history(serving: ServingSnapshot, history: History, limits: Limits, field: str) -> None:

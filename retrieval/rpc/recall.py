@@ -23,9 +23,9 @@ _ROUNDING = 1e-5
 def recall_of(prepared: PreparedRetrieve, answer: Retrieved) -> float | None:
     """Share of the best min(k, eligible) items that an answer holds, equal scores counting as equal.
 
-    None where there is nothing to measure: the answer is not the model's, or no item was eligible.
+    None where there is nothing to measure: the answer is not the model's, was exact, or no item was eligible.
     """
-    if answer.source is not Source.MODEL:
+    if answer.source is not Source.MODEL or prepared.exact:
         return None
     user, serving = prepared.user, prepared.serving
     if isinstance(user, UserEvents):

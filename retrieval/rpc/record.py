@@ -11,6 +11,7 @@ from retrieval.rpc.serving import ServingSnapshot
 __all__ = ["check_events"]
 
 _MAX_NAME_BYTES = 100
+_MAX_TOLD = 32
 _DAY = 86_400
 
 
@@ -30,14 +31,16 @@ def check_events(serving: ServingSnapshot, events: Sequence[Event], *, now: int,
         raise InvalidRequestError("events", f"has {len(events)} events; from 1 to {limits.max_recorded} are taken")
     for place, event in enumerate(events):
         _check(serving, event, f"events[{place}]", now)
-    items: list = [event.item_id for event in events]
+    items: list = [event.item_id for event in events if event.item_id is not None]
     return int((serving.snapshot.vocabulary.rows_of(items) < 0).sum())
 
 
 def _check(serving: ServingSnapshot, event: Event, field: str, now: int) -> None:
     if event.user_id == "":
         raise InvalidRequestError(f"{field}.user_id", "is empty")
-    if isinstance(event.item_id, str) != serving.string_ids:
+    if event.item_id is None and not event.context and not event.auxiliary:
+        raise InvalidRequestError(f"{field}.item_id", "holds no id, and the event tells neither context nor auxiliary")
+    if event.item_id is not None and isinstance(event.item_id, str) != serving.string_ids:
         has = "strings" if serving.string_ids else "integers"
         raise InvalidRequestError(f"{field}.item_id", f"is {shown(event.item_id)}, but the catalogue's ids are {has}")
     for name, value, most in (
@@ -48,6 +51,16 @@ def _check(serving: ServingSnapshot, event: Event, field: str, now: int) -> None
     ):
         if isinstance(value, str) and (size := len(value.encode())) > most:
             raise InvalidRequestError(f"{field}.{name}", f"has {size} bytes; at most {most} are taken")
+    if (count := len(event.context) + len(event.auxiliary)) > _MAX_TOLD:
+        raise InvalidRequestError(
+            field, f"has {count} values of context and auxiliary series; at most {_MAX_TOLD} are taken"
+        )
+    for name, values in (("context", event.context), ("auxiliary", event.auxiliary)):
+        for key, value in values.items():
+            if (size := max(len(key.encode()), len(value.encode()))) > _MAX_NAME_BYTES:
+                raise InvalidRequestError(
+                    f"{field}.{name}[{shown(key)}]", f"has {size} bytes; at most {_MAX_NAME_BYTES} are taken"
+                )
     # One from the future would stay the user's last event until then.
     if not 0 <= event.timestamp <= now + _DAY:
         raise InvalidRequestError(

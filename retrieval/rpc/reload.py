@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from retrieval.errors import NoSnapshotError, RetrievalError
 from retrieval.rpc.serving import ServingSnapshot
@@ -51,6 +52,8 @@ class Reloader:
         self._failures = 0
         self._polls_to_skip = 0
         self._last_complaint = ""
+        self._changing = asyncio.Lock()
+        self._notified = asyncio.Event()
 
     @property
     def live(self) -> ServingSnapshot:
@@ -63,15 +66,72 @@ class Reloader:
             raise NoSnapshotError("no snapshot is loaded yet")
         return self._live
 
+    @property
+    def serving_version(self) -> str:
+        """Name of the snapshot that answers; "" while there is none."""
+        return self._live.version if self._live is not None else ""
+
+    @property
+    def problem(self) -> str:
+        """Why the latest look at the registry did not end with its current version live; "" if it did."""
+        return self._last_complaint
+
     async def follow(self) -> None:
         """Look at the registry again and again, until cancelled."""
         while True:
             # Jitter: replicas that were started together must not all read a new snapshot at the same moment.
-            await asyncio.sleep(self._poll_seconds * self._random.uniform(0.8, 1.2))
+            pause = self._poll_seconds * self._random.uniform(0.8, 1.2)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._notified.wait(), pause)
+            self._notified.clear()
             await self.check()
+
+    def notify(self) -> None:
+        """Let `follow` look now, even at a version that could not be loaded before."""
+        self._polls_to_skip = 0
+        self._notified.set()
+
+    async def refresh(self) -> None:
+        """As `check`, even at a version that could not be loaded before."""
+        self._polls_to_skip = 0
+        await self.check()
+
+    async def activate(self, version: str | None) -> str:
+        """Load a version, make it the registry's current one, and serve it. If that fails, nothing has changed.
+
+        Args:
+            version: its name; None is the newest before the current one.
+
+        Returns:
+            The version that was current before; "" if there was none.
+
+        Raises:
+            UnknownVersionError: there is no such version.
+            SnapshotError: it cannot be loaded, or the registry cannot be read or written.
+        """
+        loop = asyncio.get_running_loop()
+        async with self._changing:
+            left, loaded = await loop.run_in_executor(self._loader, self._load_to_activate, version)
+            await loop.run_in_executor(self._loader, self._registry.activate, loaded.version)
+            await self._take(loaded)
+            return left
+
+    def _load_to_activate(self, version: str | None) -> tuple[str, ServingSnapshot]:
+        """The current version, and the one that is to be, loaded."""
+        try:
+            left = self._registry.current()
+        except NoSnapshotError:
+            left = ""
+        version = version if version is not None else self._registry.previous()
+        live = self._live
+        return left, live if live is not None and live.version == version else self._load(version)
 
     async def check(self) -> None:
         """Look at the registry once and load what is new. Never raises: what goes wrong is logged."""
+        async with self._changing:
+            await self._check()
+
+    async def _check(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             version = await loop.run_in_executor(self._loader, self._registry.current)
@@ -79,7 +139,7 @@ class Reloader:
             self._complain(error)
             return
         if self._live is not None and version == self._live.version:
-            self._failed_version = None
+            self._failed_version, self._last_complaint = None, ""
             return
         if version == self._failed_version and self._polls_to_skip > 0:
             self._polls_to_skip -= 1
@@ -92,8 +152,15 @@ class Reloader:
             self._polls_to_skip = min(2 ** (self._failures - 1), _LONGEST_PAUSE) - 1
             self._complain(error)
             return
+        await self._take(loaded)
+
+    async def _take(self, loaded: ServingSnapshot) -> None:
+        """Let a loaded snapshot answer."""
+        changed = loaded is not self._live
         self._live, self._failed_version, self._last_complaint = loaded, None, ""
-        _log.info("serving snapshot %s (%d items)", loaded.version, loaded.snapshot.manifest.items)
+        if not changed:
+            return
+        _log.info("serving snapshot %s (%d items)", loaded.version, int(loaded.snapshot.served.sum()))
         if self._on_change is not None:
             await self._on_change(loaded)
 

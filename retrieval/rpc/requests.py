@@ -11,6 +11,7 @@ from retrieval.histories.event import Event
 from retrieval.index.filter import Filter
 
 __all__ = [
+    "Debug",
     "EmbedRequest",
     "Embedded",
     "Embedding",
@@ -20,6 +21,7 @@ __all__ = [
     "Recorded",
     "RetrieveRequest",
     "Retrieved",
+    "SearchPlan",
     "ServingState",
     "Source",
     "StoredUser",
@@ -54,8 +56,7 @@ class StoredUser:
 
     Attributes:
         id: the user's id.
-        fresh: events that may not be recorded yet, added to the history for this call, and the user's context and
-            auxiliary series, which stores do not keep.
+        fresh: events, context and points of auxiliary series that may not be recorded yet, for this call.
     """
 
     id: int | str
@@ -83,6 +84,8 @@ class RetrieveRequest:
         filter: what items must meet to be in the answer; None is anything.
         required_version: the snapshot that must answer; "" is whichever is live.
         action: which the user is likely to meet the items with; "" is any positive one.
+        exact: score every eligible item instead of asking the index.
+        debug: also answer how the answer came about.
     """
 
     user: History | StoredUser | Embedding | None
@@ -94,6 +97,8 @@ class RetrieveRequest:
     filter: Filter | None = None
     required_version: str = ""
     action: str = ""
+    exact: bool = False
+    debug: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +118,56 @@ class RecordRequest:
 
 
 class Source(Enum):
-    """Where an answer's items come from."""
+    """Where an answer's items, or one of them, come from.
+
+    Attributes:
+        MODEL: the model's nearest items.
+        POPULARITY: the most popular items, since nothing is known of the user.
+        CONTEXT: the model's nearest items for a user of whom it knows the context alone.
+        COLD_ITEM: of one item: the model's choice, though no event of the training log was on it.
+    """
 
     MODEL = "model"
     POPULARITY = "popularity"
     CONTEXT = "context"
+    COLD_ITEM = "cold item"
+
+
+class SearchPlan(Enum):
+    """How items were found.
+
+    Attributes:
+        INDEX: the index was asked for more than wanted, and what is not eligible was dropped.
+        SELECTOR: the index looked at eligible items only.
+        SCAN: every eligible item was scored, which is exact.
+    """
+
+    INDEX = "index"
+    SELECTOR = "selector"
+    SCAN = "scan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Debug:
+    """How an answer came about.
+
+    Attributes:
+        plan: how the items were found; None where they are the popular ones.
+        eligible: items that meet the filter and are not excluded.
+        batch_size: queries that were encoded and searched together.
+        decode_seconds: from the request's bytes to a checked query, the look-up of a stored history included.
+        queue_seconds: waiting for the worker.
+        encode_seconds: encoding the batch.
+        search_seconds: searching for the batch.
+    """
+
+    plan: SearchPlan | None
+    eligible: int
+    batch_size: int = 0
+    decode_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    search_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +182,8 @@ class Retrieved:
         shortfall: k minus the number of items; above 0 where fewer are eligible.
         unknown_items: events of the history whose item the catalogue does not have.
         titles: one per item if they were asked for and the catalogue has them, else empty.
+        cold_items: places in `items` of those that no event of the training log was on; empty for popular items.
+        debug: how the answer came about, if that was asked for.
     """
 
     items: list[int] | list[str]
@@ -141,6 +193,14 @@ class Retrieved:
     shortfall: int = 0
     unknown_items: int = 0
     titles: list[str] = field(default_factory=list)
+    cold_items: list[int] = field(default_factory=list)
+    debug: Debug | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        """The source of each item."""
+        cold = set(self.cold_items)
+        return [Source.COLD_ITEM if place in cold else self.source for place in range(len(self.items))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

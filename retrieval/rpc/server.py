@@ -6,53 +6,53 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 import faiss
 import grpc
 import torch
-from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import start_http_server
-from pydantic import Field, model_validator
 
-from retrieval.config import Config
-from retrieval.errors import InputError, InvalidRequestError
+from retrieval.errors import InputError, RetrievalError
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
+from retrieval.rpc.admin import ADMIN_DESCRIPTOR, Admin
 from retrieval.rpc.batcher import Batcher
 from retrieval.rpc.convert import (
+    batch_request_from,
+    batch_to,
     embed_request_from,
     embedded_to,
-    record_request_from,
-    recorded_to,
     retrieve_request_from,
     retrieved_to,
     state_to,
 )
+from retrieval.rpc.convert_record import record_request_from, recorded_to
 from retrieval.rpc.errors import OverloadedError
+from retrieval.rpc.handler import Method, handlers_of, parsed
 from retrieval.rpc.health import Health
-from retrieval.rpc.logs import REQUEST_ID, request_id, request_id_of
 from retrieval.rpc.metrics import Metrics
+from retrieval.rpc.port import Port
 from retrieval.rpc.prepare import Limits, PreparedRetrieve
 from retrieval.rpc.recall import RecallSampler
 from retrieval.rpc.reload import Reloader
 from retrieval.rpc.requests import Embedded, EmbedRequest, Retrieved, RetrieveRequest, StoredUser
-from retrieval.rpc.security import TlsFiles, Tokens, client_of, is_loopback, server_credentials
+from retrieval.rpc.security import Tokens, server_credentials
+from retrieval.rpc.server_config import AdminConfig, ServerConfig
 from retrieval.rpc.service import Answer, Prepared, RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
-from retrieval.rpc.status import reason_of, status_of
+from retrieval.rpc.status import reason_of
 from retrieval.rpc.tracing import exported_traces
 from retrieval.snapshot.registry import Registry, storage_at
 
-__all__ = ["SERVICE", "Server", "ServerConfig", "run_server", "running_server"]
+__all__ = ["SERVICE", "AdminConfig", "Server", "ServerConfig", "run_server", "running_server"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,67 +61,6 @@ SERVICE: str = _DESCRIPTOR.full_name
 
 # Threads that wait for the history store, which may block on a disk.
 _LOOKUP_THREADS = 4
-
-
-class ServerConfig(Config):
-    """How a server runs.
-
-    Attributes:
-        registry: folder or URL of snapshots to follow; it may be empty or missing at the start.
-        cache: folder for copies of an object store's snapshots; None takes one in the user's cache folder.
-        host: address to listen on; the default is reachable from this machine only. Another needs `tls`, or `insecure`.
-        port: port to listen on; 0 takes a free one.
-        tls: certificate files; None sends everything in the clear.
-        tokens: file of bearer tokens (see `security.Tokens`); None takes anybody's calls. Health and reflection ask
-            for none: probes have none, and what reflection tells is public.
-        insecure: whether other machines may connect without encryption.
-        reflection: whether the reflection service is offered.
-        metrics_port: port of the Prometheus metrics, on the same host; 0 takes a free one, None serves none.
-        device: where the encoder runs: "cpu", "cuda", "cuda:1".
-        threads: CPU threads of encoding and searching; None leaves one core to the event loop. Without that, threads
-            that wait for each other on a busy core make calls many times slower.
-        poll_seconds: mean time between two looks at the registry.
-        max_batch: calls that are encoded and searched together.
-        capacity: calls in hand at once; further ones are refused. RecordEvents has as much to itself, so that a slow
-            disk does not refuse a Retrieve.
-        client_capacity: of these, calls of one client; None sets no such limit. A client is the name of a token, else
-            of a certificate, else an address.
-        drain_seconds: time after a stop is asked for in which calls are still taken, for load balancers to notice.
-        grace_seconds: time that calls in hand get to finish after that.
-        max_message_bytes: size of a request message.
-        recall_share: share of Retrieve calls whose answer is compared with exact search, beside the serving.
-        limits: what one call may ask for.
-    """
-
-    registry: Path | str
-    cache: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = Field(default=50051, ge=0, le=65535)
-    tls: TlsFiles | None = None
-    tokens: Path | None = None
-    insecure: bool = False
-    reflection: bool = True
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    device: str = "cpu"
-    threads: int | None = Field(default=None, ge=1)
-    poll_seconds: float = Field(default=5.0, gt=0)
-    max_batch: int = Field(default=64, ge=1)
-    capacity: int = Field(default=256, ge=1)
-    client_capacity: int | None = Field(default=None, ge=1)
-    drain_seconds: float = Field(default=0.0, ge=0)
-    grace_seconds: float = Field(default=10.0, ge=0)
-    max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
-    recall_share: float = Field(default=0.0, ge=0, le=1)
-    limits: Limits = Field(default_factory=Limits)
-
-    @model_validator(mode="after")
-    def _encrypted_or_local(self) -> Self:
-        if self.tls is None and not self.insecure and not is_loopback(self.host):
-            raise ValueError(
-                f"{self.host} is reachable from other machines, but nothing would be encrypted; give a certificate and "
-                "key (--tls-cert, --tls-key), or say --insecure"
-            )
-        return self
 
 
 class Server:
@@ -142,11 +81,9 @@ class Server:
         histories: HistoryStore | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
-        self._credentials = server_credentials(config.tls) if config.tls is not None else None
-        self._tokens = Tokens(config.tokens) if config.tokens is not None else None
         self._config = config
         self._metrics = Metrics()
-        self._service = RetrievalService(histories, config.limits, metrics=self._metrics)
+        self._service = RetrievalService(histories, _within(config), metrics=self._metrics)
         self._batcher: Batcher[Prepared, Answer] = Batcher(
             self._service.answer,
             max_batch=config.max_batch,
@@ -161,8 +98,9 @@ class Server:
         self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
         self._recording = 0
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
+        self._registry = Registry(config.registry, storage_at(config.registry, config.cache))
         self._reloader = Reloader(
-            Registry(config.registry, storage_at(config.registry, config.cache)),
+            self._registry,
             device=config.device,
             poll_seconds=config.poll_seconds,
             on_change=self._announce,
@@ -172,34 +110,59 @@ class Server:
         self._health = Health(SERVICE)
         self._following: asyncio.Task[None] | None = None
         self._stopping = False
-        self._port = 0
-        options = [
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            # Otherwise a second server on a taken port would silently share its calls.
-            ("grpc.so_reuseport", 0),
-        ]
-        self._grpc = grpc.aio.server(options=options, interceptors=interceptors)
-        self._grpc.add_generic_rpc_handlers((self._handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        if config.reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._grpc)
+        self._calls, self._health_alone, self._admin = self._open(interceptors)
+
+    def _open(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> tuple[Port, Port | None, Port | None]:
+        """The ports of calls, of health and of the admin service."""
+        config, options = self._config, [("grpc.max_receive_message_length", self._config.max_message_bytes)]
+        credentials = server_credentials(config.tls) if config.tls is not None else None
+
+        def handlers(service: ServiceDescriptor, methods: dict[str, Method], file: Path | None) -> Any:
+            tokens = Tokens(file) if file is not None else None
+            certificates = config.tls is not None and config.tls.client_ca is not None
+            return handlers_of(service, methods, metrics=self._metrics, tokens=tokens, certificates=certificates)
+
+        calls, health, admin = Port(config.host, config.port, credentials, options, interceptors), None, None
+        calls.offer(SERVICE, handlers(_DESCRIPTOR, self._methods(), config.tokens))
+        calls.offer_health(self._health)
+        if config.health_port is not None:
+            health = Port(config.host, config.health_port, None, options)
+            health.offer_health(self._health)
+        if config.admin is not None:
+            admin = Port(config.admin.host, config.admin.port, credentials, options, interceptors)
+            methods = Admin(self._registry, self._reloader).methods
+            admin.offer(ADMIN_DESCRIPTOR.full_name, handlers(ADMIN_DESCRIPTOR, methods, config.admin.tokens))
+        for port in (calls, admin):
+            if port is not None and config.reflection:
+                port.offer_reflection()
+        return calls, health, admin
 
     @property
     def address(self) -> str:
         """HOST:PORT that a client on this machine can use."""
-        return f"{self._host}:{self._port}"
+        return self._calls.address
 
     @property
-    def _host(self) -> str:
-        return f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+    def health_address(self) -> str | None:
+        """HOST:PORT of the health service alone; None if it has no port of its own."""
+        return self._health_alone.address if self._health_alone is not None else None
+
+    @property
+    def admin_address(self) -> str | None:
+        """HOST:PORT of the admin service; None if it is not offered."""
+        return self._admin.address if self._admin is not None else None
+
+    @property
+    def _ports(self) -> list[Port]:
+        return [port for port in (self._health_alone, self._calls, self._admin) if port is not None]
 
     @property
     def metrics_address(self) -> str | None:
         """HOST:PORT of the Prometheus metrics; None if none are served."""
         if self._scrapes is None:
             return None
-        return f"{self._host}:{self._scrapes[0].server_port}"
+        host = self._config.host
+        return f"[{host}]:{self._scrapes[0].server_port}" if ":" in host else f"{host}:{self._scrapes[0].server_port}"
 
     async def start(self) -> None:
         """Listen, then try once to load the live snapshot; afterwards the registry is followed.
@@ -207,17 +170,9 @@ class Server:
         Raises:
             InputError: a port is taken or the host is not this machine's.
         """
-        self._port = self._config.port
-        try:
-            if self._credentials is not None:
-                self._port = self._grpc.add_secure_port(self.address, self._credentials)
-            else:
-                self._port = self._grpc.add_insecure_port(self.address)
-        except RuntimeError:
-            raise InputError(f"{self.address}: cannot listen there; is the port taken by another server?") from None
         self._serve_metrics()
-        await self._grpc.start()
-        _log.info("listening on %s", self.address)
+        for port in self._ports:
+            await port.start()
         await self._reloader.check()
         self._following = asyncio.create_task(self._reloader.follow())
 
@@ -228,8 +183,12 @@ class Server:
         try:
             self._scrapes = start_http_server(port, self._config.host, self._metrics.registry)
         except OSError as error:
-            raise InputError(f"{self._host}:{port}: cannot serve metrics there ({error.strerror})") from None
+            raise InputError(f"{self._config.host}:{port}: cannot serve metrics there ({error.strerror})") from None
         _log.info("metrics at http://%s/metrics", self.metrics_address)
+
+    def look(self) -> None:
+        """Look at the registry now instead of at the next poll."""
+        self._reloader.notify()
 
     async def _announce(self, serving: ServingSnapshot) -> None:
         self._metrics.snapshot(serving.version, serving.snapshot.manifest.created)
@@ -245,7 +204,7 @@ class Server:
             _log.info("not serving any more; taking calls for another %g s", self._config.drain_seconds)
             await asyncio.sleep(self._config.drain_seconds)
         self._health.close()
-        await self._grpc.stop(self._config.grace_seconds)
+        await asyncio.gather(*(port.stop(self._config.grace_seconds) for port in self._ports))
         self._reloader.close()
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._batcher.close()
@@ -257,71 +216,62 @@ class Server:
             thread.join()
         _log.info("stopped")
 
-    def _handlers(self) -> grpc.GenericRpcHandler:
-        methods = {
+    def _methods(self) -> dict[str, Method]:
+        return {
             "Retrieve": self._retrieve,
+            "BatchRetrieve": self._batch_retrieve,
             "EmbedUsers": self._embed_users,
             "RecordEvents": self._record_events,
             "GetServingState": self._serving_state,
         }
-        assert set(methods) == set(_DESCRIPTOR.methods_by_name)
-        handlers = {name: self._unary(name, method) for name, method in methods.items()}
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
-
-    def _unary(
-        self, name: str, method: "Callable[[bytes, grpc.aio.ServicerContext, str], Awaitable[bytes]]"
-    ) -> grpc.RpcMethodHandler:
-        """A handler from bytes to bytes: knows its client, counts its calls, ends failures with a status of ours."""
-        certificates = self._config.tls is not None and self._config.tls.client_ca is not None
-
-        async def call(content: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-            remaining = context.time_remaining()
-            sent: Any = context.invocation_metadata()
-            this = request_id_of(sent)
-            request_id.set(this)
-            try:
-                client = client_of(context, self._tokens, certificates=certificates)
-                answer = await method(content, context, client)
-                code = grpc.StatusCode.OK
-                context.set_trailing_metadata(((REQUEST_ID, this),))
-                return answer
-            except Exception as error:
-                status = status_of(error)
-                code = status.code
-                self._metrics.rejected(reason_of(error))
-            finally:
-                seconds = time.perf_counter() - start
-                if code is grpc.StatusCode.CANCELLED and remaining is not None and seconds >= remaining:
-                    # gRPC cancels the handler of a call whose deadline passes.
-                    code = grpc.StatusCode.DEADLINE_EXCEEDED
-                self._metrics.call(name, code.name, seconds)
-                _log.debug("%s ended with %s after %.2f ms", name, code.name, 1000 * seconds)
-            await context.abort(status.code, status.details, (*status.trailing_metadata, (REQUEST_ID, this)))
-            raise AssertionError("abort always raises")
-
-        return grpc.unary_unary_rpc_method_handler(call)
 
     async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         start = time.perf_counter()
-        request = retrieve_request_from(_parsed(pb.RetrieveRequest, content))
+        request = retrieve_request_from(parsed(pb.RetrieveRequest, content))
         answer, serving = await self._answer(request, context, start, client)
         assert isinstance(answer, Retrieved)
-        if answer.shortfall:
-            self._metrics.fell_short()
         with self._metrics.stage("answer"):
             return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
 
+    async def _batch_retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
+        """Each request is a job of its own, so that clients take turns by request and not by call."""
+        came = time.perf_counter()
+        message = parsed(pb.BatchRetrieveRequest, content)
+        self._service.check_batch(len(message.requests))
+        loop, deadline = asyncio.get_running_loop(), _deadline(context)
+        with self._batcher.slot(client, len(message.requests)):
+            serving = self._reloader.live
+            prepare = partial(self._service.prepare_batch, serving, batch_request_from(message), came)
+            prepared = await loop.run_in_executor(self._lookups, prepare)
+            self._metrics.took("decode", time.perf_counter() - came)
+            outcomes = await asyncio.gather(*(self._outcome(one, deadline, client) for one in prepared))
+        with self._metrics.stage("answer"):
+            return batch_to(outcomes, string_ids=serving.string_ids).SerializeToString()
+
+    async def _outcome(
+        self, prepared: Prepared | RetrievalError, deadline: float | None, client: str
+    ) -> Retrieved | Exception:
+        """What becomes of one request of a BatchRetrieve: nothing that happens to it touches the others."""
+        try:
+            if isinstance(prepared, RetrievalError):
+                raise prepared
+            answer = await self._submit(prepared, deadline, client)
+        except Exception as error:
+            self._metrics.rejected(reason_of(error))
+            return error
+        assert isinstance(answer, Retrieved)
+        return answer
+
     async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         start = time.perf_counter()
-        request = embed_request_from(_parsed(pb.EmbedUsersRequest, content))
+        request = embed_request_from(parsed(pb.EmbedUsersRequest, content))
         answer, _ = await self._answer(request, context, start, client)
         assert isinstance(answer, Embedded)
         with self._metrics.stage("answer"):
             return embedded_to(answer).SerializeToString()
 
     async def _record_events(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        request = record_request_from(_parsed(pb.RecordEventsRequest, content))
+        request = record_request_from(parsed(pb.RecordEventsRequest, content))
         if self._recording >= self._config.capacity:
             raise OverloadedError(f"{self._recording} RecordEvents calls are in hand, as many as this server takes")
         self._recording += 1
@@ -333,28 +283,37 @@ class Server:
         return recorded_to(answer).SerializeToString()
 
     async def _serving_state(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        _parsed(pb.GetServingStateRequest, content)
+        parsed(pb.GetServingStateRequest, content)
         return state_to(self._service.state(self._reloader.live)).SerializeToString()
 
     async def _answer(
         self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float, client: str
     ) -> tuple[Answer, ServingSnapshot]:
         """Answer a request that began to be decoded at `start`."""
-        loop = asyncio.get_running_loop()
-        remaining = context.time_remaining()
-        deadline = loop.time() + remaining if remaining is not None else None
+        loop, deadline = asyncio.get_running_loop(), _deadline(context)
         with self._batcher.slot(client):
             serving = self._reloader.live
             if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
                 # Stored histories may block, and many users take long to check.
-                prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request)
+                prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request, start)
             else:
-                prepared = self._service.prepare(serving, request)
+                prepared = self._service.prepare(serving, request, start)
             self._metrics.took("decode", time.perf_counter() - start)
-            answer = await self._batcher.submit(prepared, deadline, client)
+            return await self._submit(prepared, deadline, client), serving
+
+    async def _submit(self, prepared: Prepared, deadline: float | None, client: str) -> Answer:
+        answer = await self._batcher.submit(prepared, deadline, client)
         if isinstance(prepared, PreparedRetrieve) and isinstance(answer, Retrieved):
             self._recall.offer(prepared, answer)
-        return answer, serving
+            if answer.shortfall:
+                self._metrics.fell_short()
+        return answer
+
+
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    """When a call's deadline passes, by the event loop's clock; None if it has none."""
+    remaining = context.time_remaining()
+    return asyncio.get_running_loop().time() + remaining if remaining is not None else None
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -367,25 +326,21 @@ def _limit_threads(threads: int | None) -> None:
     faiss.omp_set_num_threads(threads)
 
 
-_Message = TypeVar("_Message", bound=Message)
-
-
-def _parsed(kind: type[_Message], content: bytes) -> _Message:
-    try:
-        return kind.FromString(content)
-    except DecodeError:
-        raise InvalidRequestError("request", f"is not a {kind.DESCRIPTOR.full_name} message") from None
+def _within(config: ServerConfig) -> Limits:
+    """Limits with no more requests in a BatchRetrieve than its client may have in hand."""
+    in_hand = min(config.capacity, config.client_capacity or config.capacity)
+    return config.limits.model_copy(update={"max_batch": min(config.limits.max_batch, in_hand)})
 
 
 async def _serve(
-    config: ServerConfig, histories: HistoryStore | None, stop: asyncio.Event, on_ready: Callable[[str], object]
+    config: ServerConfig, histories: HistoryStore | None, stop: asyncio.Event, on_ready: Callable[["Server"], object]
 ) -> None:
-    """Run until `stop` is set."""
+    """Run until `stop` is set; `on_ready` is called once the server has started."""
     with exported_traces() as interceptors:
         server = Server(config, histories, interceptors)
         try:
             await server.start()
-            on_ready(server.address)
+            on_ready(server)
             await stop.wait()
         finally:
             await server.stop()
@@ -405,6 +360,8 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish the calls in hand and return. For a process's main thread.
 
+    SIGHUP looks at the registry at once.
+
     Args:
         config: how to run.
         histories: stored histories; None refuses requests that name a stored user.
@@ -415,11 +372,19 @@ def run_server(
     """
 
     async def serve() -> None:
-        stop = asyncio.Event()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
         # From the beginning: a server that is still loading its first snapshot ends in order, too.
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await _serve(config, histories, stop, on_ready if on_ready is not None else lambda _: None)
+            loop.add_signal_handler(number, stop.set)
+        # Whoever publishes just before the first look need not be heard: that look will see it.
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+
+        def ready(server: Server) -> None:
+            loop.add_signal_handler(signal.SIGHUP, server.look)
+            if on_ready is not None:
+                on_ready(server.address)
+
+        await _serve(config, histories, stop, ready)
 
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         runner.run(serve())
@@ -437,7 +402,7 @@ def running_server(config: ServerConfig, histories: HistoryStore | None = None) 
     async def serve() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         end = partial(loop.call_soon_threadsafe, stop.set)
-        await _serve(config, histories, stop, lambda address: started.set_result((address, end)))
+        await _serve(config, histories, stop, lambda server: started.set_result((server.address, end)))
 
     def run() -> None:
         try:

@@ -7,12 +7,13 @@ Answering has two halves. `prepare_*` checks and translates one request: cheap, 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.data.sequences import gather_histories
-from retrieval.errors import UnknownUserError
+from retrieval.errors import InvalidRequestError, RetrievalError, UnknownUserError
 from retrieval.histories.codec import joined
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc.errors import NoHistoriesError
@@ -22,6 +23,7 @@ from retrieval.rpc.prepare import (
     Limits,
     PreparedEmbed,
     PreparedRetrieve,
+    Trace,
     UserEvents,
     fresh_history,
     prepare_embed,
@@ -30,6 +32,7 @@ from retrieval.rpc.prepare import (
 )
 from retrieval.rpc.record import check_events
 from retrieval.rpc.requests import (
+    Debug,
     Embedded,
     Embedding,
     EmbedRequest,
@@ -38,18 +41,20 @@ from retrieval.rpc.requests import (
     RecordRequest,
     Retrieved,
     RetrieveRequest,
+    SearchPlan,
     ServingState,
     Source,
     StoredUser,
 )
 from retrieval.rpc.serving import ServingSnapshot
-from retrieval.types import EventColumns, SideRows
+from retrieval.types import EventColumns, Plan, SideRows
 
 __all__ = ["Answer", "Prepared", "RetrievalService"]
 
 Prepared = PreparedRetrieve | PreparedEmbed
 Answer = Retrieved | Embedded
 
+_PLANS = {Plan.INDEX: SearchPlan.INDEX, Plan.SELECTOR: SearchPlan.SELECTOR, Plan.SCAN: SearchPlan.SCAN}
 # Users per run of the encoder: an EmbedUsers call brings many at once, and activations grow with their tokens.
 _ENCODED_TOGETHER = 64
 
@@ -80,22 +85,54 @@ class RetrievalService:
         """What is served."""
         return serving.state(stored_users=self._histories is not None)
 
-    def prepare(self, serving: ServingSnapshot, request: RetrieveRequest | EmbedRequest) -> Prepared:
+    def prepare(
+        self, serving: ServingSnapshot, request: RetrieveRequest | EmbedRequest, came: float | None = None
+    ) -> Prepared:
         """Check a request and look up what it names. Blocks on the history store for stored users only.
+
+        Args:
+            serving: the snapshot to answer from.
+            request: the request.
+            came: when it came, by `time.perf_counter`; None is now.
 
         Raises:
             InvalidRequestError: something is wrong with the request; the sentence names the field.
             UnknownUserError: no history of a stored user is held.
             NoHistoriesError: a stored user is named, but there is no store.
         """
-        now = int(self._clock())
+        now, came = int(self._clock()), came if came is not None else time.perf_counter()
         if isinstance(request, RetrieveRequest):
             user = self._look_up(serving, request.user, "")
-            return prepare_retrieve(serving, request, user, now=now, limits=self._limits)
+            prepared = prepare_retrieve(serving, request, user, now=now, limits=self._limits)
+            return replace(prepared, trace=Trace(came, time.perf_counter())) if request.debug else prepared
         # Refuse too many users before looking any of them up.
         wanted = request.users if len(request.users) <= self._limits.max_users else [None] * len(request.users)
         users = [self._look_up(serving, user, f"users[{place}].") for place, user in enumerate(wanted)]
         return prepare_embed(serving, request, users, now=now, limits=self._limits)
+
+    def check_batch(self, size: int) -> None:
+        """Check how many requests a BatchRetrieve has.
+
+        Raises:
+            InvalidRequestError: none, or too many.
+        """
+        if not 1 <= size <= self._limits.max_batch:
+            raise InvalidRequestError("requests", f"has {size} requests; from 1 to {self._limits.max_batch} are taken")
+
+    def prepare_batch(
+        self, serving: ServingSnapshot, requests: Sequence[RetrieveRequest | RetrievalError], came: float | None = None
+    ) -> list[Prepared | RetrievalError]:
+        """`prepare` each request; what is wrong with one stands in its place, as does an error that is given."""
+        prepared: list[Prepared | RetrievalError] = []
+        for request in requests:
+            if isinstance(request, RetrievalError):
+                prepared.append(request)
+                continue
+            try:
+                prepared.append(self.prepare(serving, request, came))
+            except RetrievalError as error:
+                prepared.append(error)
+        return prepared
 
     def _look_up(self, serving: ServingSnapshot, user: History | StoredUser | Embedding | None, prefix: str) -> Known:
         if not isinstance(user, StoredUser):
@@ -146,6 +183,24 @@ class RetrievalService:
         assert isinstance(answer, Retrieved)
         return answer
 
+    def batch_retrieve(
+        self, serving: ServingSnapshot, requests: Sequence[RetrieveRequest]
+    ) -> list[Retrieved | RetrievalError]:
+        """Answer several requests here and now; one that is refused has its error in its place.
+
+        Raises:
+            InvalidRequestError: there are none, or too many.
+        """
+        self.check_batch(len(requests))
+        prepared = self.prepare_batch(serving, requests)
+        answers = iter(self.answer([one for one in prepared if not isinstance(one, RetrievalError)]))
+        outcomes: list[Retrieved | RetrievalError] = []
+        for one in prepared:
+            outcome = one if isinstance(one, RetrievalError) else next(answers)
+            assert isinstance(outcome, Retrieved | RetrievalError)
+            outcomes.append(outcome)
+        return outcomes
+
     def embed_users(self, serving: ServingSnapshot, request: EmbedRequest) -> Embedded:
         """Answer one request here and now.
 
@@ -175,6 +230,7 @@ class RetrievalService:
 
 def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metrics) -> list[Answer]:
     """Answers of one snapshot: all users of the batch encoded together, then all searches together."""
+    began = time.perf_counter()
     users: list[UserEvents] = []
     for one in batch:
         if isinstance(one, PreparedEmbed):
@@ -196,8 +252,36 @@ def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metric
         answers.append(None)
         searches.append(one)
         queries.append(query)
+    encoded = time.perf_counter()
     found = iter(_search(serving, searches, queries, metrics))
-    return [answer if answer is not None else next(found) for answer in answers]
+    whole = [answer if answer is not None else next(found) for answer in answers]
+    times = _Times(began, encoded, time.perf_counter())
+    return [times.told(one, answer, len(batch)) for one, answer in zip(batch, whole, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Moments of a batch, by `time.perf_counter`."""
+
+    began: float
+    encoded: float
+    searched: float
+
+    def told(self, one: Prepared, answer: Answer, batch_size: int) -> Answer:
+        """An answer that tells how long its batch took, if it is to tell anything."""
+        if not isinstance(one, PreparedRetrieve) or one.trace is None:
+            return answer
+        assert isinstance(answer, Retrieved)
+        assert answer.debug is not None
+        debug = replace(
+            answer.debug,
+            batch_size=batch_size,
+            decode_seconds=one.trace.ready - one.trace.came,
+            queue_seconds=self.began - one.trace.ready,
+            encode_seconds=self.encoded - self.began,
+            search_seconds=self.searched - self.encoded,
+        )
+        return replace(answer, debug=debug)
 
 
 def _embed(
@@ -248,28 +332,43 @@ def _search(
     if not searches:
         return []
     searcher = serving.snapshot.searcher
-    ks = [min(one.k, len(searcher)) for one in searches]
-    with metrics.stage("search"):
-        result = searcher.search(
-            np.stack(queries), ks, [one.excluded for one in searches], [one.filter for one in searches]
-        )
-    answers = []
-    for one, rows, scores in zip(searches, result.rows, result.scores, strict=True):
-        count = int(np.count_nonzero(rows >= 0))
-        from_context = isinstance(one.user, UserEvents) and not len(one.user.rows)
-        source = Source.CONTEXT if from_context else Source.MODEL
-        answers.append(_retrieved(serving, one, rows[:count], scores[:count], source))
-    return answers
+    answers: dict[int, Retrieved] = {}
+    for exact in (False, True):
+        places = [place for place, one in enumerate(searches) if one.exact is exact]
+        if not places:
+            continue
+        asked = [searches[place] for place in places]
+        with metrics.stage("search"):
+            result = searcher.search(
+                np.stack([queries[place] for place in places]),
+                [min(one.k, len(searcher)) for one in asked],
+                [one.excluded for one in asked],
+                [one.filter for one in asked],
+                exact=exact,
+            )
+        for b, (place, one) in enumerate(zip(places, asked, strict=True)):
+            count = int(np.count_nonzero(result.rows[b] >= 0))
+            from_context = isinstance(one.user, UserEvents) and not len(one.user.rows)
+            source = Source.CONTEXT if from_context else Source.MODEL
+            answer = _retrieved(serving, one, result.rows[b, :count], result.scores[b, :count], source)
+            if one.trace is not None:
+                plan = _PLANS[Plan(result.plans[b])] if count else None
+                answer = replace(answer, debug=Debug(plan=plan, eligible=int(result.eligible[b])))
+            answers[place] = answer
+    return [answers[place] for place in range(len(searches))]
 
 
 def _popular(serving: ServingSnapshot, one: PreparedRetrieve) -> Retrieved:
     rows = serving.snapshot.popular
     if one.filter is not None:
         rows = rows[serving.snapshot.searcher.meets(one.filter, rows)]
+    debug = None
+    if one.trace is not None:
+        debug = Debug(plan=None, eligible=int(np.count_nonzero(~np.isin(rows, one.excluded))))
     # So many rows hold k that are not excluded, if there are k.
     rows = rows[: one.k + len(one.excluded)]
     rows = rows[~np.isin(rows, one.excluded)][: one.k]
-    return _retrieved(serving, one, rows, serving.popularity[rows], Source.POPULARITY)
+    return replace(_retrieved(serving, one, rows, serving.popularity[rows], Source.POPULARITY), debug=debug)
 
 
 def _retrieved(
@@ -287,4 +386,5 @@ def _retrieved(
         shortfall=one.k - len(rows),
         unknown_items=one.user.unknown if isinstance(one.user, UserEvents) else 0,
         titles=serving.titles_of(rows) if one.include_titles else [],
+        cold_items=serving.cold_places(rows) if source is not Source.POPULARITY else [],
     )

@@ -1,6 +1,6 @@
 """A snapshot made ready to answer: with what every call looks up, and warmed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from retrieval.data.sequences import gather_histories
 from retrieval.encoder.inference import embed_users
 from retrieval.errors import SnapshotCorruptError
+from retrieval.histories.store import Series
 from retrieval.rpc.requests import ServingState
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch, SideRows
@@ -52,6 +53,8 @@ class ServingSnapshot:
         self._rows_of = [{value: row for row, value in enumerate(kind.values, 1)} for kind in self.kinds]
         counts = snapshot.vocabulary.attributes["popularity"].to_numpy().astype(np.float64)
         self.popularity: NDArray[np.float32] = (counts / max(counts.sum(), 1.0)).astype(np.float32)
+        cold = snapshot.vocabulary.attributes["events"].to_numpy() == 0
+        self._cold = cold if cold.any() else None
         # Indexing numpy is many times faster than Arrow's `take` for the few rows of an answer.
         self._ids = snapshot.vocabulary.ids.to_numpy(zero_copy_only=False)
         self._warm_up()
@@ -76,7 +79,7 @@ class ServingSnapshot:
             return np.zeros(len(names), np.uint8)
         return np.fromiter((known.get(name, 0) for name in names), np.uint8, len(names))
 
-    def side(self, context: Mapping[str, str], auxiliary: Mapping[str, Sequence[tuple[int, str]]]) -> SideRows | None:
+    def side(self, context: Mapping[str, str], auxiliary: Mapping[str, Series]) -> SideRows | None:
         """What the encoder is to read beside one user's events; None where it reads nothing there.
 
         Values that the snapshot does not know have row 0, and names that it does not read are passed over.
@@ -88,27 +91,34 @@ class ServingSnapshot:
             for kind, rows in zip(self.kinds, self._rows_of, strict=True)
             if kind.context
         ]
-        events = [
-            (number, rows.get(value, 0), time)
-            for number, (kind, rows) in enumerate(zip(self.kinds, self._rows_of, strict=True), 1)
-            if not kind.context
-            for time, value in auxiliary.get(kind.name, ())
-        ]
-        kinds, values, timestamps = np.array(events, np.int64).reshape(-1, 3).T
+        nothing = np.empty(0, np.int64)
+        kinds, values, timestamps = [nothing], [nothing], [nothing]
+        for number, (kind, rows) in enumerate(zip(self.kinds, self._rows_of, strict=True), 1):
+            if kind.context or kind.name not in auxiliary:
+                continue
+            series = auxiliary[kind.name]
+            row_of = np.array([rows.get(value, 0) for value in series.values], np.int64)
+            kinds.append(np.full(len(series.codes), number))
+            values.append(row_of[series.codes])
+            timestamps.append(series.timestamps)
         return SideRows(
             num_kinds=len(self.kinds),
             context=np.array([fixed], np.int64),
-            kinds=kinds,
-            values=values,
-            timestamps=timestamps,
+            kinds=np.concatenate(kinds),
+            values=np.concatenate(values),
+            timestamps=np.concatenate(timestamps),
             starts=np.zeros(1, np.int64),
-            ends=np.array([len(events)]),
+            ends=np.array([sum(map(len, kinds))]),
         )
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[int] | list[str]:
         """Item ids of rows, as Python integers or strings."""
         ids: list[int] | list[str] = self._ids[rows].tolist()
         return ids
+
+    def cold_places(self, rows: NDArray[np.int64]) -> list[int]:
+        """Which of these rows, by their place, are of items that no event of the training log was on."""
+        return [] if self._cold is None else np.flatnonzero(self._cold[rows]).tolist()
 
     def titles_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Titles of rows, "" where an item has none; empty if the catalogue has no titles."""
@@ -124,7 +134,7 @@ class ServingSnapshot:
             snapshot_version=self.version,
             created=manifest.created,
             dataset=manifest.dataset,
-            items=manifest.items,
+            items=manifest.items - manifest.expired,
             string_ids=self.string_ids,
             width=manifest.width,
             max_length=self.max_length,

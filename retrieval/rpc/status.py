@@ -1,19 +1,23 @@
-"""Errors ↔ gRPC statuses: the one place that knows which error has which code."""
+"""Errors ↔ gRPC statuses: the one place that knows which error has which code. Used by both ends."""
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from retrieval.errors import (
     HistoryStoreError,
     InvalidRequestError,
     NoSnapshotError,
     RetrievalError,
+    SnapshotConflictError,
+    SnapshotCorruptError,
+    SnapshotError,
     UnknownUserError,
+    UnknownVersionError,
 )
+from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.errors import (
     DeadlineError,
     NoHistoriesError,
@@ -23,76 +27,103 @@ from retrieval.rpc.errors import (
     UnavailableError,
     VersionNotLoadedError,
 )
+from retrieval.rpc.standard import details_from, details_to
 
-__all__ = ["DOMAIN", "error_of", "reason_of", "status_of"]
+__all__ = ["DOMAIN", "CallStatus", "error_from", "error_of", "error_to", "reason_of", "status_of"]
 
 DOMAIN = "retrieval.v1"
 
+_DETAILS = "grpc-status-details-bin"
 # gRPC's own retries wait so many milliseconds.
 _PUSHBACK = "grpc-retry-pushback-ms"
 
 _log = logging.getLogger(__name__)
 
-# Error, code, ErrorInfo.reason; documented at the top of retrieval.proto.
-_TABLE: tuple[tuple[type[RetrievalError], int, str], ...] = (
-    (InvalidRequestError, code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
-    (UnknownUserError, code_pb2.NOT_FOUND, "UNKNOWN_USER"),
-    (NoHistoriesError, code_pb2.FAILED_PRECONDITION, "NO_HISTORIES"),
-    (VersionNotLoadedError, code_pb2.FAILED_PRECONDITION, "VERSION_NOT_LOADED"),
-    (NoSnapshotError, code_pb2.UNAVAILABLE, "NO_SNAPSHOT"),
-    (HistoryStoreError, code_pb2.UNAVAILABLE, "STORE_UNAVAILABLE"),
-    (UnauthenticatedError, code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED"),
-    (OverloadedError, code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED"),
-    (DeadlineError, code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+# Error, code, ErrorInfo.reason; documented at the top of retrieval.proto and admin.proto. The first that fits counts.
+_TABLE: tuple[tuple[type[RetrievalError], grpc.StatusCode, str], ...] = (
+    (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (UnknownUserError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_USER"),
+    (NoHistoriesError, grpc.StatusCode.FAILED_PRECONDITION, "NO_HISTORIES"),
+    (VersionNotLoadedError, grpc.StatusCode.FAILED_PRECONDITION, "VERSION_NOT_LOADED"),
+    (NoSnapshotError, grpc.StatusCode.UNAVAILABLE, "NO_SNAPSHOT"),
+    (HistoryStoreError, grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    (UnknownVersionError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_VERSION"),
+    (SnapshotConflictError, grpc.StatusCode.ABORTED, "SNAPSHOT_CONFLICT"),
+    (SnapshotCorruptError, grpc.StatusCode.FAILED_PRECONDITION, "SNAPSHOT_CORRUPT"),
+    (SnapshotError, grpc.StatusCode.FAILED_PRECONDITION, "SNAPSHOT_ERROR"),
 )
 _BY_REASON = {reason: error for error, _, reason in _TABLE}
+_INTERNAL = "INTERNAL"
 
 
-def _packed(*details: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> list[any_pb2.Any]:
-    packed = []
-    for detail in details:
-        box = any_pb2.Any()
-        box.Pack(detail)
-        packed.append(box)
-    return packed
+@dataclass(frozen=True, slots=True)
+class CallStatus:
+    """How a failed call ends.
+
+    Attributes:
+        code: gRPC's code.
+        details: one sentence.
+        trailing_metadata: the structured details, and when to try again where that is known.
+    """
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def _entry(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Code and reason of an error."""
+    found = ((code, reason) for kind, code, reason in _TABLE if isinstance(error, kind))
+    return next(found, (grpc.StatusCode.INTERNAL, _INTERNAL))
+
+
+def _told(error: Exception) -> str:
+    """What a client is told of an error.
+
+    One that the table does not list is a fault of the server, and addresses and files of ours are the operator's to
+    know: these are logged, and the client learns no more than that.
+    """
+    if isinstance(error, HistoryStoreError):
+        _log.error("%s", error)
+        return "the store of histories cannot be used at the moment"
+    if reason_of(error) == _INTERNAL:
+        _log.error("a call failed", exc_info=error)
+        return "the server failed on this call; its log says why"
+    return str(error)
 
 
 def reason_of(error: Exception) -> str:
     """The ErrorInfo.reason that a failed call ends with."""
-    return next((reason for kind, _, reason in _TABLE if isinstance(error, kind)), "INTERNAL")
+    return _entry(error)[1]
 
 
-def status_of(error: Exception) -> grpc.Status:
-    """The status that a failed call ends with.
+def status_of(error: Exception) -> CallStatus:
+    """The status that a failed call ends with; what only the operator may know is logged."""
+    (code, reason), message = _entry(error), _told(error)
+    field, description = (error.field, error.reason) if isinstance(error, InvalidRequestError) else ("", "")
+    metadata: list[tuple[str, str | bytes]] = [
+        (_DETAILS, details_to(code.value[0], message, DOMAIN, reason, field, description))
+    ]
+    if isinstance(error, OverloadedError) and error.retry_seconds is not None:
+        metadata.append((_PUSHBACK, str(max(1, round(1000 * error.retry_seconds)))))
+    return CallStatus(code, message, tuple(metadata))
 
-    An error that the table does not list is a fault of the server: it is logged, and the client learns no more than
-    that.
-    """
-    for kind, code, reason in _TABLE:
-        if not isinstance(error, kind):
-            continue
-        details = _packed(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
-        if isinstance(error, InvalidRequestError):
-            violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.reason)
-            details += _packed(error_details_pb2.BadRequest(field_violations=[violation]))
-        message = str(error)
-        if isinstance(error, HistoryStoreError):
-            # Addresses and files of ours are the operator's to know.
-            _log.error("%s", message)
-            message = "the store of histories cannot be used at the moment"
-        status = rpc_status.to_status(status_pb2.Status(code=code, message=message, details=details))
-        if isinstance(error, OverloadedError) and error.retry_seconds is not None:
-            pushback = (_PUSHBACK, str(max(1, round(1000 * error.retry_seconds))))
-            status = status._replace(trailing_metadata=(*status.trailing_metadata, pushback))
-        return status
-    _log.error("a call failed", exc_info=error)
-    return rpc_status.to_status(
-        status_pb2.Status(
-            code=code_pb2.INTERNAL,
-            message="the server failed on this call; its log says why",
-            details=_packed(error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN)),
-        )
-    )
+
+def error_to(error: Exception) -> pb.Error:
+    """An error of one request among several; what only the operator may know is logged."""
+    code, reason = _entry(error)
+    if isinstance(error, InvalidRequestError):
+        return pb.Error(code=code.value[0], reason=reason, message=error.reason, field=error.field)
+    return pb.Error(code=code.value[0], reason=reason, message=_told(error))
+
+
+def error_from(message: pb.Error) -> RetrievalError:
+    """The error that a client has of one request among several."""
+    known = _known(message.reason, message.message, message.field, message.message)
+    return known if known is not None else ServerFaultError(f"code {message.code}: {message.message}")
 
 
 def error_of(call: grpc.RpcError, address: str, timeout: float | None) -> RetrievalError:
@@ -105,11 +136,12 @@ def error_of(call: grpc.RpcError, address: str, timeout: float | None) -> Retrie
     """
     assert isinstance(call, grpc.Call | grpc.aio.AioRpcError)
     code, sentence = call.code(), call.details() or ""
-    reason, field, description = _details(call)
-    if reason == "INVALID_REQUEST":
-        return InvalidRequestError(field, description)
-    if reason in _BY_REASON:
-        return _BY_REASON[reason](sentence)
+    metadata: Any = call.trailing_metadata() or ()
+    content = next((value for key, value in metadata if key == _DETAILS), b"")
+    reason, field, description = details_from(content, code.value[0], DOMAIN)
+    known = _known(reason, sentence, field or "request", description)
+    if known is not None:
+        return known
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(f"{address}: no answer within {timeout:g} s")
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -117,18 +149,8 @@ def error_of(call: grpc.RpcError, address: str, timeout: float | None) -> Retrie
     return ServerFaultError(f"{address}: {code.name}: {sentence}")
 
 
-def _details(call: "grpc.Call | grpc.aio.AioRpcError") -> tuple[str, str, str]:
-    """ErrorInfo.reason of our domain, and the first field violation; empty where a failure carries none."""
-    try:
-        status = rpc_status.from_call(call)
-    except ValueError:
-        # Details that contradict the code: not from our server.
-        status = None
-    reason, field, description = "", "request", ""
-    for box in status.details if status is not None else ():
-        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-        if box.Unpack(info) and info.domain == DOMAIN:
-            reason = info.reason
-        elif box.Unpack(bad) and bad.field_violations:
-            field, description = bad.field_violations[0].field, bad.field_violations[0].description
-    return reason, field, description
+def _known(reason: str, sentence: str, field: str, description: str) -> RetrievalError | None:
+    """The error of a reason of ours; None of any other."""
+    if reason == "INVALID_REQUEST":
+        return InvalidRequestError(field, description)
+    return _BY_REASON[reason](sentence) if reason in _BY_REASON else None

@@ -31,7 +31,8 @@ __all__ = [
     "version_number",
 ]
 
-SNAPSHOT_FORMAT = 2
+SNAPSHOT_FORMAT = 3
+_READ = (2, SNAPSHOT_FORMAT)
 MANIFEST = "manifest.json"
 FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow")
 """Every file of a snapshot beside its manifest."""
@@ -76,7 +77,8 @@ class Manifest(Config):
         model: fingerprint of the encoder: SHA-256 of its weights.
         dataset: fingerprint of the dataset that the encoder was trained on.
         trained_on: interval of its events; None if unknown.
-        items: N, size of vocabulary, item table and index.
+        items: N, size of vocabulary and item table.
+        expired: of these, items that the index leaves out and that are no answers any more (format 3; before: none).
         vocabulary: fingerprint of the ids in row order: `Vocabulary.fingerprint`.
         width: D of the embeddings.
         index: what was built and how it is searched.
@@ -93,6 +95,7 @@ class Manifest(Config):
     dataset: str
     trained_on: Interval | None
     items: int = Field(ge=0)
+    expired: int = Field(default=0, ge=0)
     vocabulary: _Sha256
     width: int = Field(ge=1)
     index: IndexSpec
@@ -144,8 +147,10 @@ def parse_manifest(content: bytes, version: str, where: str) -> Manifest:
         raise SnapshotError(
             f"{where}: format {number} is newer than the format {SNAPSHOT_FORMAT} that this version reads; upgrade it"
         )
-    if number != SNAPSHOT_FORMAT:
-        raise SnapshotError(f"{where}: format {number!r} is not the format {SNAPSHOT_FORMAT} that this version reads")
+    if number not in _READ or isinstance(number, bool):
+        raise SnapshotError(
+            f"{where}: format {number!r} is none of the formats {_READ[0]} and {_READ[1]} that this version reads"
+        )
     try:
         manifest = Manifest.parse(values, where)
     except ConfigError as error:

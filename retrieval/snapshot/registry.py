@@ -20,7 +20,14 @@ from pathlib import Path
 from pydantic import Field
 
 from retrieval.config import Config
-from retrieval.errors import ConfigError, InputError, NoSnapshotError, SnapshotConflictError, SnapshotError
+from retrieval.errors import (
+    ConfigError,
+    InputError,
+    NoSnapshotError,
+    SnapshotConflictError,
+    SnapshotError,
+    UnknownVersionError,
+)
 from retrieval.snapshot.local_storage import LocalStorage
 from retrieval.snapshot.manifest import MANIFEST, Manifest, is_version, parse_manifest, version_name, version_number
 from retrieval.snapshot.storage import CURRENT, Grant, Storage
@@ -93,7 +100,8 @@ class Registry:
         """Manifest of a version, checked; its files are not.
 
         Raises:
-            SnapshotError: there is no such version, or its manifest is damaged or of another format.
+            UnknownVersionError: there is no such version.
+            SnapshotError: its manifest is damaged or of another format.
         """
         self._check(version)
         return parse_manifest(self._storage.manifest(version), version, f"{self.location}/{version}/{MANIFEST}")
@@ -102,7 +110,8 @@ class Registry:
         """Folder of a version on this machine; a version of an object store is copied first.
 
         Raises:
-            SnapshotError: there is no such version, or what was copied is damaged.
+            UnknownVersionError: there is no such version.
+            SnapshotError: what was copied is damaged.
         """
         self._check(version)
         return self._storage.folder(version)
@@ -124,13 +133,13 @@ class Registry:
         """Make a version the live one.
 
         Raises:
-            SnapshotError: there is no such version.
+            UnknownVersionError: there is no such version.
             SnapshotConflictError: the live version was changed at the same time.
         """
         pointer, content = self._pointer()
         self._check(version)
         if pointer is not None and version_number(version) < pointer.oldest and version != pointer.version:
-            raise SnapshotError(f"{self.location}: version {version} is being removed")
+            raise UnknownVersionError(f"{self.location}: version {version} is being removed")
         self._switch(version, pointer, content)
 
     @contextmanager
@@ -206,19 +215,19 @@ class Registry:
         """Name of the newest version before the live one.
 
         Raises:
-            SnapshotError: there is none.
+            UnknownVersionError: there is none.
         """
         live = self.current()
         older = [version for version in self.versions() if version_number(version) < version_number(live)]
         if not older:
-            raise SnapshotError(f"{self.location}: has no version before {live} to roll back to")
+            raise UnknownVersionError(f"{self.location}: has no version before {live} to roll back to")
         return older[-1]
 
     def _check(self, version: str) -> None:
         versions = self.versions()
         if version not in versions:
             known = ", ".join(versions) or "none"
-            raise SnapshotError(f"{self.location}: has no version {version!r} (it has: {known})")
+            raise UnknownVersionError(f"{self.location}: has no version {version!r} (it has: {known})")
 
     def _pointer(self) -> tuple[_Pointer | None, bytes | None]:
         """CURRENT and its bytes."""

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +21,12 @@ from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from retrieval.encoder.inference import item_vectors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import InputError, SnapshotCorruptError
+from retrieval.errors import InputError, SnapshotCorruptError, SnapshotError
 from retrieval.files import locked, sha256_of
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import FaissBackend
+from retrieval.index.backend import FaissBackend, IndexBackend
 from retrieval.index.builder import read_index, write_index
+from retrieval.index.partial import PartialBackend
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import (
@@ -39,7 +41,7 @@ from retrieval.snapshot.manifest import (
     verify_files,
 )
 
-__all__ = ["Snapshot", "open_snapshot", "write_snapshot"]
+__all__ = ["Snapshot", "open_snapshot", "searcher_of", "served_rows", "write_snapshot"]
 
 _VOCABULARY, _INDEX, _REPORT = "vocabulary.arrow", "index.faiss", "report.json"
 
@@ -58,8 +60,9 @@ class Snapshot:
         info: the encoder's configuration and action names.
         vocabulary: rows, ids and attributes of the items; `events` counts each item's events, `popularity`
             those of late (`data.popularity`).
-        searcher: the index.
-        popular: rows by falling popularity, int64 `[N]`: the answer for users without a usable history.
+        served: whether each row is an item that may be an answer, bool `[N]`; others are read in histories only.
+        searcher: the index over those.
+        popular: rows served, by falling popularity, int64: the answer for users without a usable history.
     """
 
     version: str
@@ -67,6 +70,7 @@ class Snapshot:
     encoder: UserEncoder
     info: CheckpointInfo
     vocabulary: Vocabulary
+    served: NDArray[np.bool_]
     searcher: Searcher
     popular: NDArray[np.int64]
 
@@ -108,6 +112,7 @@ def write_snapshot(
         dataset=info.dataset,
         trained_on=trained_on,
         items=len(vocabulary),
+        expired=len(vocabulary) - int(served_rows(vocabulary).sum()),
         vocabulary=vocabulary.fingerprint,
         width=info.encoder.vector_width,
         index=spec,
@@ -135,8 +140,7 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         SnapshotCorruptError: a file is missing, foreign or damaged, or the parts do not belong together.
     """
     manifest = read_manifest(folder)
-    # Keeps the folder from being pruned while it is read.
-    with locked(folder / MANIFEST, shared=True):
+    with _kept(folder):
         verify_files(folder, manifest)
         try:
             encoder, info = load_checkpoint(folder, device)
@@ -147,21 +151,76 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
             raise SnapshotCorruptError(str(error)) from None
     vectors = item_vectors(encoder)
     _check_together(folder, vocabulary, info, index, vectors)
-    promised = (manifest.items, manifest.width, manifest.model, manifest.vocabulary)
-    if (len(vocabulary), info.encoder.vector_width, info.weights_sha256, vocabulary.fingerprint) != promised:
+    served = served_rows(vocabulary)
+    promised = (manifest.items, manifest.expired, manifest.width, manifest.model, manifest.vocabulary)
+    expired = len(vocabulary) - int(served.sum())
+    width = info.encoder.vector_width
+    if (len(vocabulary), expired, width, info.weights_sha256, vocabulary.fingerprint) != promised:
         raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
-    backend = FaissBackend(index, vectors, manifest.index)
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
+    order = np.lexsort((vocabulary.rank_by_id, -events, -popularity))
     return Snapshot(
         version=folder.name,
         manifest=manifest,
         encoder=encoder,
         info=info,
         vocabulary=vocabulary,
-        searcher=Searcher(backend, vocabulary.rank_by_id, attributes=attributes),
-        popular=np.lexsort((vocabulary.rank_by_id, -events, -popularity)),
+        served=served,
+        searcher=searcher_of(index, vectors, manifest.index, vocabulary, attributes),
+        popular=order[served[order]],
     )
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Keep a version from being pruned while it is read.
+
+    Raises:
+        SnapshotError: it was, just before.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / MANIFEST, shared=True))
+        except FileNotFoundError:
+            raise SnapshotError(f"{folder}: was removed as it was about to be read") from None
+        # Who prunes holds the lock for itself as it takes the folder away: it may be gone by the time we have it.
+        if not (folder / MANIFEST).exists():
+            raise SnapshotError(f"{folder}: was removed as it was about to be read")
+        yield
+
+
+def served_rows(vocabulary: Vocabulary) -> NDArray[np.bool_]:
+    """Which items of a snapshot's vocabulary may be answers, bool `[N]`: all that are not marked as expired."""
+    expired = vocabulary.attributes.get("expired")
+    if expired is None:
+        return np.ones(len(vocabulary), bool)
+    return ~expired.to_numpy(zero_copy_only=False)
+
+
+def searcher_of(
+    index: faiss.Index,
+    vectors: NDArray[np.float32],
+    spec: IndexSpec,
+    vocabulary: Vocabulary,
+    attributes: Attributes | None = None,
+) -> Searcher:
+    """A searcher over the items that a vocabulary serves.
+
+    Args:
+        index: over these, in the order of their rows.
+        vectors: embeddings of all items, `[N, D]`.
+        spec: of the index.
+        vocabulary: says which are served.
+        attributes: of all items; None refuses filters.
+    """
+    served = served_rows(vocabulary)
+    backend: IndexBackend
+    if served.all():
+        backend = FaissBackend(index, vectors, spec)
+    else:
+        backend = PartialBackend(FaissBackend(index, vectors[served], spec), vectors, np.flatnonzero(served))
+    return Searcher(backend, vocabulary.rank_by_id, attributes=attributes, retired=np.flatnonzero(~served))
 
 
 def _check_together(
@@ -175,17 +234,19 @@ def _check_together(
     Raises:
         SnapshotCorruptError: the parts do not belong together.
     """
-    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal}
+    served = np.flatnonzero(served_rows(vocabulary))
+    retired = len(vocabulary) - len(served)
+    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal + retired}
     if len(set(sizes.values())) > 1 or info.encoder.vector_width != index.d:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
     for name in ("events", "popularity"):
         if name not in vocabulary.attributes:
             raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column {name!r}")
-    if not len(vectors):
+    if not len(served):
         return
-    rows = np.unique(np.linspace(0, len(vectors) - 1, _PROBES).astype(np.int64))
-    scores, found = index.search(vectors[rows], min(_PROBE_DEPTH, len(vectors)))
-    exact = np.einsum("qd,qkd->qk", vectors[rows], vectors[found])
+    rows = served[np.unique(np.linspace(0, len(served) - 1, _PROBES).astype(np.int64))]
+    scores, found = index.search(vectors[rows], min(_PROBE_DEPTH, len(served)))
+    exact = np.einsum("qd,qkd->qk", vectors[rows], vectors[served[found]])
     off = float(np.abs(scores - exact)[found >= 0].sum() / np.abs(exact)[found >= 0].sum())
     if not off < 0.5:
         raise SnapshotCorruptError(

@@ -70,15 +70,26 @@ class Batches:
         self._dataset, self._config, self._objective, self._max_length = dataset, config, objective, max_length
         self._query_actions = query_actions
         self._action_weights = _weights_of(dataset, config.action_weights)
-        self._ends = split.train_ends
-        self._users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
-        self._others, self._drawn = self._users[:0], 0
+        users = np.flatnonzero(split.train_ends - dataset.offsets[:-1] >= 2)
+        # A user's first event is an input and no target, but for a cloze, which reads all of a row and guesses there.
+        self._begins = dataset.offsets[:-1] + (objective == "next")
+        self._lengths = split.train_ends - self._begins
+        self._windows = np.ones(len(self._lengths), np.int64)
+        if config.windows == "all":
+            self._windows = -(-self._lengths // max_length)
+        # User of each row, and which of the user's windows it is, from 0 for the first.
+        self._users = np.repeat(users, self._windows[users])
+        self._places = np.arange(len(self._users)) - np.searchsorted(self._users, self._users)
+        self._rows = np.arange(len(self._users))
+        # A window is visited with its user.
+        self._last = dataset.events.timestamps[split.train_ends[self._users] - 1]
+        self._others, self._drawn = self._rows[:0], 0
         if fresh is not None:
-            new = dataset.events.timestamps[split.train_ends[self._users] - 1] >= fresh.since
-            self._users, self._others = self._users[new], self._users[~new]
-            wanted = max(math.ceil(fresh.history_share * len(self._users)), config.batch_size - len(self._users))
+            new = self._last >= fresh.since
+            self._rows, self._others = self._rows[new], self._rows[~new]
+            wanted = max(math.ceil(fresh.history_share * len(self._rows)), config.batch_size - len(self._rows))
             self._drawn = min(wanted, len(self._others))
-        self.per_epoch = math.ceil((len(self._users) + self._drawn) / config.batch_size)
+        self.per_epoch = math.ceil((len(self._rows) + self._drawn) / config.batch_size)
 
     def from_step(self, first: int) -> Iterator[tuple[int, TrainingBatch]]:
         """Number and contents of each step from `first` (counted from 0) to the last."""
@@ -86,23 +97,39 @@ class Batches:
         for step in range(first, self.per_epoch * self._config.epochs):
             epoch, place = divmod(step, self.per_epoch)
             if step == first or place == 0:
-                order = self._order(np.random.default_rng([self._config.seed, epoch]))
+                rng = np.random.default_rng([self._config.seed, epoch])
+                order, ends = self._order(rng), self._row_ends(rng)
             # The third number keeps these draws apart from those of the order.
             rng = np.random.default_rng([self._config.seed, step, 1])
-            yield step, self._cut(order[place * size : (place + 1) * size], rng)
+            chosen = order[place * size : (place + 1) * size]
+            yield step, self._cut(self._users[chosen], ends[chosen], rng)
 
     def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Users of an epoch, in the order in which they are visited."""
+        """Rows of an epoch, in the order in which they are read."""
         drawn = rng.choice(self._others, self._drawn, replace=False)
-        order = rng.permutation(np.concatenate([self._users, drawn]))
+        order = rng.permutation(np.concatenate([self._rows, drawn]))
         if self._config.visit_order == "random":
             return order
-        last = self._dataset.events.timestamps[self._ends[order] - 1]
-        return order[np.argsort(last, kind="stable")]
+        return order[np.argsort(self._last[order], kind="stable")]
 
-    def _cut(self, users: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
+    def _row_ends(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """One past the last event of each row in an epoch, its last target included.
+
+        A history of m inputs has ⌈m / L⌉ windows and with them ⌈m / L⌉·L − m places to spare: by a random share of
+        these all cuts between its windows move. A row is read as a request at its end would read the history, L inputs
+        back from there.
+        """
+        lengths = self._lengths[self._users]
+        if self._config.windows == "last":
+            return self._begins[self._users] + lengths
+        spare = self._windows * self._max_length - self._lengths
+        shifts = rng.integers(0, np.maximum(spare, 0), endpoint=True)[self._users]
+        return self._begins[self._users] + np.minimum((self._places + 1) * self._max_length - shifts, lengths)
+
+    def _cut(self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator) -> TrainingBatch:
+        """Rows of those users up to those ends."""
         events, weights = self._dataset.events, self._action_weights
-        starts, ends = self._dataset.offsets[users], self._ends[users]
+        starts = self._dataset.offsets[users]
         if self._objective == "cloze":
             times = events.timestamps[ends - 1].astype(np.int64)
             histories = user_histories(self._dataset, users, ends, times, self._max_length)

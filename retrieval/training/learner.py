@@ -5,6 +5,7 @@ Legend: T tokens, D width, N items, U rows of the item table that a step names.
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from retrieval.data.item_features import ItemFeatures
 from retrieval.data.sequences import TrainingBatch
 from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import TrainingError
+from retrieval.errors import ConfigError, TrainingError
 from retrieval.training.config import TrainConfig
 from retrieval.training.item_table import ItemTable
 from retrieval.training.loss import next_item_loss
@@ -104,6 +105,21 @@ class Learner:
             tensors |= {f"average.{name}": one for name, one in self._average.state_dict().items()}
         return tensors
 
+    @torch.no_grad()
+    def adopt(self, learned: Mapping[str, Tensor]) -> None:
+        """Go on from what another learner of the same settings had learned, all of it, by the names of `tensors`.
+
+        Raises:
+            ConfigError: it has learned something else; nothing has been changed.
+        """
+        tensors = self.tensors()
+        for name in sorted(tensors.keys() | learned.keys()):
+            now, before = (tuple(one[name].shape) if name in one else None for one in (tensors, learned))
+            if now != before:
+                raise ConfigError(f"{name}: was learned as {before} and is {now} now; start from scratch")
+        for name, tensor in tensors.items():
+            tensor.copy_(learned[name])
+
     def step(self, batch: TrainingBatch, step: int) -> StepOutcome:
         """Learn from a batch; `step` counts from 0.
 
@@ -155,10 +171,14 @@ class Learner:
         if self._item_table is not None:
             item_table = self._item_table(table, rows, generator)
         inputs = replace(JaggedTensors.of(batch.inputs, device), items=items.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
+        bfloat16 = self._config.precision == "bfloat16"
+        # On a CPU the encoder's products are small: rounding their operands takes longer than it saves.
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and device.type != "cpu"):
             users: Tensor = functional_call(self.encoder, {_TABLE: item_table}, (inputs,))
             if len(asked) < len(users):
                 users = users.index_select(0, asked.to(device))
+            if bfloat16:  # Norms are float32 under autocast, and the loss's products follow the users' type.
+                users = users.bfloat16()
             loss = next_item_loss(
                 users,
                 targets.to(device),

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retrieval.errors import CheckpointError
-from retrieval.files import os_errors, replacing
+from retrieval.files import replacing
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["load_state", "read_state", "save_state"]
 
 
 def save_state(
@@ -27,8 +27,21 @@ def save_state(
     Tensors on the CPU are written from where they are: a table of gigabytes is not copied.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(file) as path, os_errors(file, SafetensorError):
+    with replacing(file) as path:
         save_file(ready, path, metadata={"settings": json.dumps(settings), "progress": json.dumps(progress)})
+
+
+def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors that `save_state` wrote, and the settings of the run that did, as JSON gives them back.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(file, "pt") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}, json.loads(reader.metadata()["settings"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -29,12 +30,13 @@ from retrieval.training.learner import Learner, StepOutcome
 from retrieval.training.state import load_state, save_state
 from retrieval.training.stop import stop_request
 
-__all__ = ["StepReport", "Validate", "train"]
+__all__ = ["TRAINING_STATE", "StepReport", "Validate", "train"]
 
 Validate = Callable[[UserEncoder], float]
 """Judges an encoder in evaluation mode, on what is held out for validation; more is better."""
 
-_STATE = "training-state.safetensors"
+TRAINING_STATE = "training-state.safetensors"
+"""What a run's folder holds beside the encoder: all that `Learner.tensors` names, and how far the run is."""
 # The state is saved at least so many seconds after the last time, and late enough for saving to take at most so much
 # of the run.
 _STATE_SECONDS = 60.0
@@ -88,6 +90,7 @@ def train(
     run_dir: Path,
     *,
     initial: Mapping[str, Tensor] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
     fresh: Fresh | None = None,
     validate: Validate | None = None,
     resume: bool = False,
@@ -106,6 +109,8 @@ def train(
         config: hyperparameters.
         run_dir: folder of this run.
         initial: weights to start from, a state of this encoder by name; None draws them.
+        learned: instead of `initial`, all that an earlier run had learned, the optimiser's state too, by the names of
+            `Learner.tensors`.
         fresh: what of the split was learned already, where the run goes on from that; None: nothing.
         validate: called after every `config.validate_every` epochs and after the last; the encoder that it likes best
             is the one that is kept. Without it the last one is. It must not depend on anything but the encoder.
@@ -125,7 +130,7 @@ def train(
             where it was; what is on disk is from before.
         TrainingStoppedError: SIGTERM or SIGINT came; the step in hand was finished and the state saved.
     """
-    if not resume and any((run_dir / name).exists() for name in (_STATE, "encoder.json")):
+    if not resume and any((run_dir / name).exists() for name in (TRAINING_STATE, "encoder.json")):
         raise InputError(f"{run_dir}: holds a training run already; continue it with --resume or name a new folder")
     if config.patience is not None and validate is None:
         raise ConfigError("patience: there is no validation whose result could stop the run")
@@ -138,9 +143,6 @@ def train(
     encoder = build_encoder(encoder_config).to(device)
     if initial is not None:
         encoder.load_state_dict(dict(initial))
-    if encoder.popularity is not None:
-        _check_popularity(config)
-        encoder.popularity.copy_(config.temperature * torch.from_numpy(log_popularity(dataset, split)))
     batches = Batches(
         dataset,
         split,
@@ -155,13 +157,18 @@ def train(
     counts = training_counts(dataset, split)
     features = None if schema is None else item_features(dataset.vocabulary, schema, counts)
     learner = Learner(encoder, config, counts, steps, features)
+    if learned is not None:
+        learner.adopt(learned)
+    if encoder.popularity is not None:
+        _check_popularity(config)
+        encoder.popularity.copy_(config.temperature * torch.from_numpy(log_popularity(dataset, split)))
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
-    started_from: dict[str, Any] = {"initial": _fingerprint(initial)}
+    started_from: dict[str, Any] = {"initial": _fingerprint(initial if learned is None else learned)}
     if fresh is not None:
         started_from["fresh"] = fresh.model_dump()
     run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, started_from)
-    if (run_dir / _STATE).exists():
+    if (run_dir / TRAINING_STATE).exists():
         run.load()
     with SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.progress.step) as log, stop_request() as request:
         steps_left = batches.from_step(run.progress.step)
@@ -211,7 +218,7 @@ def _fingerprint(weights: Mapping[str, Tensor] | None) -> str | None:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -275,12 +282,12 @@ class _Run:
 
     def save(self) -> None:
         started = time.monotonic()
-        save_state(self._run_dir / _STATE, self._learner.tensors(), self._settings, asdict(self.progress))
+        save_state(self._run_dir / TRAINING_STATE, self._learner.tensors(), self._settings, asdict(self.progress))
         ended = time.monotonic()
         self._next_save = ended + max(_STATE_SECONDS, (ended - started) / _STATE_SHARE)
 
     def load(self) -> None:
-        self.progress = _Progress(**load_state(self._run_dir / _STATE, self._learner.tensors(), self._settings))
+        self.progress = _Progress(**load_state(self._run_dir / TRAINING_STATE, self._learner.tensors(), self._settings))
 
     def validate(self) -> float:
         """Validate, and keep the encoder if it is the best so far.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from retrieval.cli.main import main
-from retrieval.jobs import publish
+from retrieval.jobs import index_choice
 from tests.support import cyclic_histories, write_dataset
 
 
@@ -33,7 +33,7 @@ def test_a_choice_is_reported_and_kept(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("was chosen before")
 
-    monkeypatch.setattr(publish, "choose_index", never)
+    monkeypatch.setattr(index_choice, "choose_index", never)
     assert main(command.split()) == 0
     with pytest.raises(AssertionError, match="was chosen before"):
         main(f"evaluate {work}/data {work}/run --index auto".split())

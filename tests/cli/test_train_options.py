@@ -17,6 +17,7 @@ OPTIONS = {
     "epochs": 3,
     "batch_size": 64,
     "visit_order": "time",
+    "windows": "all",
     "learning_rate": 0.01,
     "schedule": "cosine",
     "warmup_steps": 10,

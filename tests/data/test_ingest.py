@@ -361,3 +361,25 @@ def test_a_row_without_a_place_in_the_order_is_an_error(tmp_path: Path, value: s
     log = write(tmp_path / "log.csv", f"user_id,item_id,timestamp,place\n1,10,100,3\n1,20,100,{value}\n")
     with pytest.raises(DataError, match="column 'place' has no number to order by in row 2"):
         ingest(log, tmp_path / "d", schema=EventSchema(order="place"))
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["integers", "strings"])
+def test_items_known_before_keep_their_rows_and_new_ones_follow(tmp_path: Path, text: bool) -> None:
+    name = (lambda number: f"i{number}") if text else (lambda number: number)
+    log = write(tmp_path / "log.csv", HEADER + "".join(f"1,{name(item)},{item}\n" for item in (9, 3, 5, 1)))
+    items = write(tmp_path / "items.csv", "item_id,title\n" + "".join(f"{name(item)},T\n" for item in (4, 5, 7)))
+    known = pa.array([name(item) for item in (5, 8, 7, 1)])
+    dataset = ingest(log, tmp_path / "out", items=items, known=known)
+    assert dataset.vocabulary.ids.to_pylist() == [name(item) for item in (5, 8, 7, 1, 3, 4, 9)]
+    assert dataset.vocabulary.attributes["listed"].to_pylist() == [True, False, True, False, False, True, False]
+    assert dataset.events.items.tolist() == [3, 4, 0, 6]
+    assert dataset.item_counts.tolist() == [1, 0, 0, 1, 1, 0, 1]
+    first = ingest(log, tmp_path / "first", known=known[:0])
+    assert first.vocabulary.ids.to_pylist() == [name(item) for item in (1, 3, 5, 9)]
+    assert "listed" not in first.vocabulary.attributes, "nothing was there to list them"
+
+
+def test_items_known_before_must_have_ids_of_the_same_kind(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", HEADER + "1,book,2\n")
+    with pytest.raises(DataError, match="'item_id' holds strings, but the items known before have integers as ids"):
+        ingest(log, tmp_path / "out", known=pa.array([5]))

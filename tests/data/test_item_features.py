@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -53,6 +55,48 @@ def test_a_category_is_one_value() -> None:
 
 def test_numbers_go_by_quantiles() -> None:
     assert features_of("year", ItemAttribute(kind="number", buckets=3)) == [[0], [1], [2], []]
+
+
+def vectors_of(*values: list[float] | None, type_: pa.DataType | None = None) -> ItemFeatures:
+    column = pa.array(values, type_ or pa.list_(pa.float32()))
+    schema = ItemFeatureSchema(attributes={"v": ItemAttribute(kind="vector")})
+    return item_features(Vocabulary(pa.array(range(len(values))), {"v": column}), schema, np.ones(len(values), int))
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float16(), 2), pa.list_(pa.int8())],
+    ids=str,
+)
+def test_vectors_are_scaled_to_length_one_and_missing_ones_are_zero(type_: pa.DataType) -> None:
+    features = vectors_of([3, 4], None, [0, 0], [0, -2], type_=type_)
+    np.testing.assert_allclose(features.vectors, [[0.6, 0.8], [0.0, 0.0], [0.0, 0.0], [0.0, -1.0]], rtol=1e-6)
+    assert features.vectors.dtype == np.float32
+    assert features.size == 0
+
+
+def test_an_empty_list_is_a_missing_vector_and_large_numbers_do_not_overflow() -> None:
+    np.testing.assert_allclose(
+        vectors_of([], [3e38, 3e38]).vectors, [[0.0, 0.0], [math.sqrt(0.5), math.sqrt(0.5)]], rtol=1e-6
+    )
+
+
+def test_vectors_of_several_attributes_stand_side_by_side_in_the_order_of_their_names() -> None:
+    columns = {"b": pa.array([[2.0]]), "a": pa.array([[0.0, 5.0]])}
+    schema = ItemFeatureSchema(attributes={name: ItemAttribute(kind="vector") for name in columns})
+    features = item_features(Vocabulary(pa.array([1]), columns), schema, np.ones(1, int))
+    assert features.vectors.tolist() == [[0, 1, 1]]
+
+
+def test_vectors_that_are_none_are_named() -> None:
+    with pytest.raises(ConfigError, match="'v' has vectors of 2 numbers, and of 3 in row 2"):
+        vectors_of([1, 2], None, [1, 2, 3])
+    with pytest.raises(ConfigError, match="'v' holds what is not a finite number in row 2"):
+        vectors_of([1, 2], None, [1, float("nan")])
+    with pytest.raises(ConfigError, match="no item has a vector in attribute 'v'"):
+        vectors_of(None, [])
+    with pytest.raises(ConfigError, match="'title' is string, not lists of numbers"):
+        features_of("title", ItemAttribute(kind="vector"))
 
 
 def test_attributes_do_not_share_rows() -> None:

@@ -61,9 +61,14 @@ def test_the_manifests_fit_each_other_and_the_server() -> None:
     assert deployment["spec"]["selector"]["matchLabels"] == labels == service["spec"]["selector"]
     assert manifest("pod-disruption-budget")["spec"]["selector"]["matchLabels"] == labels
     assert manifest("service-monitor")["spec"]["selector"]["matchLabels"] == service["metadata"]["labels"]
-    assert {port["targetPort"] for port in service["spec"]["ports"]} == {port["name"] for port in container["ports"]}
+    # Probes come from the node, not through the service.
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == ports.keys() - {"health"}
     assert manifest("service-monitor")["spec"]["endpoints"][0]["port"] in {p["name"] for p in service["spec"]["ports"]}
-    assert container["readinessProbe"]["grpc"] == {"port": 50051, "service": SERVICE}
+    assert f"--health-port={ports['health']}" in container["args"]
+    assert container["readinessProbe"]["grpc"] == {"port": ports["health"], "service": SERVICE}
+    assert container["startupProbe"]["grpc"] == {"port": ports["health"]}
+    assert container["livenessProbe"]["tcpSocket"] == {"port": ports["grpc"]}
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
 

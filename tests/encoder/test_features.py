@@ -17,7 +17,7 @@ from retrieval.encoder.protocol import UserEncoder
 from retrieval.encoder.sasrec import SASRecEncoder
 from retrieval.encoder.transformer import TransformerBlock
 from retrieval.errors import ConfigError
-from retrieval.types import EventColumns, SideRows
+from retrieval.types import EventColumns, JaggedBatch, SideRows
 from tests.leaks import Leak, assert_no_leak
 from tests.tolerances import assert_close
 
@@ -28,6 +28,9 @@ CONFIGS: dict[str, EncoderConfig] = {
     "hstu softmax": HSTUConfig(**SHAPE, num_heads=2, qk_dim=5, v_dim=7, attention="softmax"),
     "sasrec": SASRecConfig(**SHAPE, num_heads=2, hidden=10),
     "gru4rec": GRU4RecConfig(**SHAPE, hidden=11),
+    "hstu interleaved": HSTUConfig(**SHAPE, layout="interleaved", num_heads=2, qk_dim=5, v_dim=7),
+    "sasrec interleaved": SASRecConfig(**SHAPE, layout="interleaved", num_heads=2, hidden=10),
+    "gru4rec interleaved": GRU4RecConfig(**SHAPE, layout="interleaved", hidden=11),
 }
 EVENTS = EventColumns(
     items=np.array([3, 7, 3, 11, 2, 19, 4], np.int32),
@@ -73,6 +76,52 @@ def encode_with(encoder: UserEncoder) -> Callable[[TrainingBatch], Tensor]:
 def test_no_target_leaks(name: str, side: SideRows | None) -> None:
     config = CONFIGS[name] if side is not None else CONFIGS[name].model_copy(update={"kinds": ()})
     assert_no_leak(encode_with(encoder_of(config)), gather, EVENTS, side, ITEMS)
+
+
+def test_interleaved_an_event_is_its_item_and_then_its_action() -> None:
+    batch = gather(EVENTS, SIDE).inputs
+    tokens, last = JaggedTensors.of(batch, torch.device("cpu")).interleaved()
+    assert tokens.is_action is not None
+    assert tokens.kinds is not None
+    assert tokens.query_actions is not None
+    actions = zip(tokens.is_action, tokens.kinds, tokens.items, tokens.actions, strict=True)
+    read = ["a%d" % a if is_action else f"{kind}:{item}" for is_action, kind, item, a in actions]  # noqa: UP031
+    assert read == (
+        "1:2 2:1 0:3 a1 0:7 a2 0:3 a1 3:0 0:11 a1 2:0 0:2 a0 3:1 3:0 0:19 a2".split()  # noqa: SIM905
+    )
+    # What asks for an item stands where it did; an item asks for nothing but its action, at its own time.
+    assert tokens.offsets.tolist() == [0, 18]
+    assert tokens.query_times[last].tolist() == batch.query_times.tolist()
+    assert tokens.query_actions[last].tolist() == batch.query_actions.tolist()  # type: ignore[union-attr]
+    at_items = (~tokens.is_action & (tokens.kinds == 0)).nonzero().flatten()
+    assert tokens.query_times[at_items].tolist() == tokens.timestamps[at_items].tolist()
+    assert not tokens.query_actions[at_items].any()
+    assert last.tolist() == [0, 1, 3, 5, 7, 8, 10, 11, 13, 14, 15, 17]
+
+
+def test_interleaved_without_kinds_every_token_becomes_two() -> None:
+    tokens, last = JaggedTensors.of(gather(EVENTS, None).inputs, torch.device("cpu")).interleaved()
+    assert tokens.offsets.tolist() == [0, 12]
+    assert last.tolist() == [1, 3, 5, 7, 9, 11]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "interleaved" in name])
+def test_interleaved_an_item_knows_itself_and_not_yet_what_was_done_with_it(name: str) -> None:
+    encoder, batch = encoder_of(CONFIGS[name]), gather(EVENTS, SIDE).inputs
+
+    def after_items(batch: JaggedBatch) -> Tensor:
+        tokens, last = JaggedTensors.of(batch, torch.device("cpu")).interleaved()
+        with torch.no_grad():
+            return encoder.outputs(tokens)[last[torch.from_numpy(batch.main)] - 1]
+
+    before, place = after_items(batch), int(np.flatnonzero(batch.main)[3])
+    items, actions = batch.items.copy(), batch.actions.copy()
+    actions[place] = 2
+    moved = (after_items(replace(batch, actions=actions)) - before).abs().amax(1) > 1e-5
+    assert moved.tolist() == [False] * 4 + [True] * 2
+    items[place] = 17
+    moved = (after_items(replace(batch, items=items)) - before).abs().amax(1) > 1e-5
+    assert moved.tolist() == [False] * 3 + [True] * 3
 
 
 def test_a_model_that_is_fed_its_own_target_is_caught() -> None:
@@ -159,6 +208,7 @@ def test_what_was_never_trained_starts_without_effect() -> None:
         ({"num_actions": 0, "query_actions": True}, "no actions to ask for"),
         ({"kinds": (3, 3), "max_length": 2}, "max_length 2 leaves no token"),
         ({"kinds": (0,)}, r"kinds\.0"),
+        ({"layout": "interleaved"}, "no actions to interleave items with"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
@@ -166,7 +216,7 @@ def test_shapes_that_cannot_be_are_refused(values: dict[str, object], message: s
         HSTUConfig.parse({"num_items": 5, **values}, "encoder.json")
 
 
-@pytest.mark.parametrize("values", [{"kinds": (3,)}, {"query_actions": True}])
+@pytest.mark.parametrize("values", [{"kinds": (3,)}, {"query_actions": True}, {"layout": "interleaved"}])
 def test_bert_reads_items_and_actions_alone(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="bert4rec reads items and actions alone"):
         BERT4RecConfig.parse({"num_items": 5, "num_actions": 2, **values}, "encoder.json")

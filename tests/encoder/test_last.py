@@ -14,6 +14,7 @@ SHAPES = {
     "two layers": HSTUConfig(num_items=30, num_actions=3, max_length=40, width=16, num_heads=2, qk_dim=5, v_dim=7),
     "one layer": HSTUConfig(num_items=30, max_length=40, width=16, num_layers=1, qk_dim=8, v_dim=8),
     "no biases": HSTUConfig(num_items=30, max_length=40, width=16, position_bias=False, time_bias=False),
+    "interleaved": HSTUConfig(num_items=30, num_actions=3, max_length=40, width=16, qk_dim=8, layout="interleaved"),
     "one layer, no time": HSTUConfig(num_items=30, max_length=40, width=16, num_layers=1, time_bias=False),
 }
 

@@ -68,6 +68,7 @@ def test_a_store_holds_what_the_oracle_holds(new_place: Place, calls: list[list[
         for call in calls:
             store.append(call).result(20)
             for event in call:
+                assert event.item_id is not None
                 oracle = oracles.setdefault(event.user_id, Oracle(bound))
                 oracle.record((event.item_id, event.action, event.timestamp, event_digest(event.event_id)))
         expected = {user: [entry[:3] for entry in oracle.held] for user, oracle in oracles.items()}
@@ -246,7 +247,7 @@ def test_another_bound_or_format_than_the_stores_is_refused(new_place: Place) ->
         open_histories(place, 6)
     blobs = Held()
     blobs.contents[b"\0settings"] = b'{"format": 9, "max_events": 5}'
-    with pytest.raises(InputError, match="has format 9; this version reads 1"):
+    with pytest.raises(InputError, match="has format 9; this version reads 2"):
         RecordedHistories(blobs)
 
 

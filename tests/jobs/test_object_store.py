@@ -8,7 +8,7 @@ from retrieval.cli.main import main
 from retrieval.snapshot.object_storage import ObjectStorage, object_store
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
-from tests.jobs.test_rebuild import OPTIONS, write_log
+from tests.jobs.nights import OPTIONS, write_log
 from tests.s3 import s3_server, s3_url  # noqa: F401
 
 

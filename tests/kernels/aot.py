@@ -14,9 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrieval.kernels.aot_case import AotCase
@@ -48,14 +49,22 @@ def compile_module(module: str, chip: str) -> list[Resources]:
     return [Resources(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
+def _pointers(kinds: tuple[Any, ...], path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Places of the pointers among arguments, some of which are tuples."""
+    for place, kind in enumerate(kinds):
+        if isinstance(kind, tuple):
+            yield from _pointers(kind, (*path, place))
+        elif kind.startswith("*"):
+            yield (*path, place)
+
+
 def _compile(case: "AotCase", capability: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     # torch's allocations are aligned, and the launcher tells the compiler so: it then loads whole vectors.
-    pointers = [place for place, kind in enumerate(case.signature.values()) if kind.startswith("*")]
-    aligned = {(place,): [["tt.divisibility", 16]] for place in pointers}
+    aligned = {place: [["tt.divisibility", 16]] for place in _pointers(tuple(case.signature.values()))}
     source = ASTSource(case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

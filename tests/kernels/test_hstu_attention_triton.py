@@ -9,12 +9,13 @@ pytest.importorskip("triton")
 
 from retrieval.kernels import hstu_attention_bwd_triton, hstu_attention_positions_triton, hstu_attention_triton
 from retrieval.kernels.hstu_attention import hstu_attention
+from retrieval.kernels.launch import LaunchConfig
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS, bucket_edges
 from tests.kernels.attention_problem import Problem, poison
 from tests.kernels.device import DEVICE
 from tests.tolerances import assert_close_by_rule
 
-SMALL = hstu_attention_triton.LaunchConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+SMALL = LaunchConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrieval.kernels import softmax_loss_cpu, softmax_loss_rows
+from retrieval.kernels import softmax_loss_cpu, softmax_loss_native, softmax_loss_rows
 from retrieval.kernels.backend import Backend
 from retrieval.kernels.softmax_loss import softmax_loss
 from retrieval.kernels.softmax_loss_reference import softmax_loss_reference
@@ -139,6 +139,40 @@ def test_any_shape_in_any_steps_equals_the_reference(
         patch.setattr(softmax_loss_rows, "_PAIRS_PER_STEP", step)
         # A temperature at which no loss is so small that the reference has lost its digits.
         check(Problem(users, items, width, negatives, seed, own=own, biased=biased), torch.float64, 0.5)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the matrix unit where the processor has one, and without it."""
+    if request.param == "torch":
+        monkeypatch.setattr(softmax_loss_native, "available", lambda: False)
+    elif not softmax_loss_native.available():
+        pytest.skip("needs a C++ compiler and a processor with AMX")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("negatives", [None, 400, 1, 0])
+@pytest.mark.parametrize("width", [50, 64, 70])
+def test_bfloat16_over_many_blocks_is_as_exact_as_torch(
+    path: str, width: int, negatives: int | None, biased: bool
+) -> None:
+    # 90 items: of 400 negatives most are repeats, so that many are left out.
+    problem = Problem(300, 700 if negatives is None else 90, width, negatives, biased=biased)
+    for temperature in (1e-2, 0.05, 10.0):
+        check_by_rule(problem, torch.bfloat16, "cpu", temperature)
+
+
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+def test_the_matrix_unit_gives_the_same_bits_on_any_number_of_threads(path: str) -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(Problem(400, 600, 50, None).run(torch.bfloat16, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from retrieval.data.sequences import gather_training
 from retrieval.errors import InvalidRequestError, SnapshotCorruptError
 from retrieval.histories.fill import fill_histories
 from retrieval.histories.recorded import open_histories
-from retrieval.rpc.client import History, RetrievalClient, Source, StoredUser
+from retrieval.rpc.client import Event, History, RetrievalClient, Source, StoredUser
 from retrieval.rpc.requests import EmbedRequest
 from retrieval.rpc.server import ServerConfig, running_server
 from retrieval.rpc.service import RetrievalService
@@ -124,12 +124,48 @@ def test_inline_and_stored_histories_are_the_same_over_the_socket(rich: World, r
     for user in (0, 5, 11, 29):
         inline = sent(rich, user, len(rich.history(user).items))
         fresh = History([], [], (), inline.context, inline.auxiliary)
-        over = rich_client.embed_users([inline, StoredUser(user, fresh)], request_time=LATER, action="like")
+        users: list[History | StoredUser] = [inline, StoredUser(user), StoredUser(user, fresh)]
+        over = rich_client.embed_users(users, request_time=LATER, action="like")
         here = service.embed_users(serving, EmbedRequest(users=[inline], request_time=LATER, action="like"))
-        assert_close(torch.tensor(over.embedding(0)), torch.tensor(here.values), "embedding", "forward")
-        assert_close(torch.tensor(over.embedding(1)), torch.tensor(here.values), "embedding", "forward")
-        assert over.events_read == [here.events_read[0]] * 2
+        for place in range(3):
+            assert_close(torch.tensor(over.embedding(place)), torch.tensor(here.values), "embedding", "forward")
+        assert over.events_read == [here.events_read[0]] * 3
         assert 0 < here.events_read[0] <= MAX_LENGTH - len(KINDS)
+
+
+def test_what_is_recorded_beside_events_is_read_like_an_inline_history(
+    rich: World, rich_client: RetrievalClient
+) -> None:
+    for user, name in ((5, 10_005), (29, 10_029)):
+        inline = sent(rich, user, len(rich.history(user).items))
+        points = [(time, series, value) for series, points in inline.auxiliary.items() for time, value in points]
+        recorded = [
+            Event(user_id=name, item_id=cast("int | str", item), timestamp=time, action=action)
+            for item, time, action in zip(inline.items, inline.timestamps, inline.actions, strict=True)
+        ]
+        recorded += [Event(user_id=name, item_id=None, timestamp=t, auxiliary={series: v}) for t, series, v in points]
+        recorded.append(
+            Event(user_id=name, item_id=None, timestamp=LATER, context={**inline.context, "shoe size": "43"})
+        )
+        for _ in range(2):
+            assert rich_client.record_events(recorded).unknown_items == 0
+        over = rich_client.embed_users([inline, StoredUser(name)], request_time=LATER)
+        assert over.embedding(0) == pytest.approx(over.embedding(1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"item_id": None}, r"events\[0\].item_id: holds no id, and the event tells neither context nor auxiliary"),
+        ({"context": {"age": "x" * 101}}, r"events\[0\].context\['age'\]: has 101 bytes; at most 100 are taken"),
+        ({"auxiliary": {"é" * 51: ""}}, r"events\[0\].auxiliary\['é.*: has 102 bytes; at most 100 are taken"),
+        ({"context": {str(name): "" for name in range(33)}}, r"events\[0\]: has 33 values of context and auxiliary"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named(rich_client: RetrievalClient, event: dict[str, Any], message: str) -> None:
+    item = {"item_id": "x" if isinstance(string_ids()[0], str) else 1}
+    with pytest.raises(InvalidRequestError, match=message):
+        rich_client.record_events([Event(**{"user_id": 1, "timestamp": START} | item | event)])
 
 
 def test_a_stored_user_that_is_not_known_is_answered_from_context(rich_client: RetrievalClient) -> None:

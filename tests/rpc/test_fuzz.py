@@ -48,13 +48,14 @@ _FILTERS = st.recursive(
 )
 _REQUESTS = st.builds(
     lambda filter_, k, time, numbers: pb.RetrieveRequest(
-        embedding={"values": numbers}, k=k, request_time=time, filter=filter_
+        embedding={"values": numbers}, k=k, request_time=time, filter=filter_, exact=k % 2 == 0, debug=k % 3 == 0
     ),
     _FILTERS,
     st.integers(-5, 400),
     _INTEGERS,
     st.lists(st.floats(width=32), min_size=WIDTH - 1, max_size=WIDTH) | st.just([1.0] * WIDTH),
 )
+_BATCHES = st.lists(_REQUESTS, max_size=3).map(lambda requests: pb.BatchRetrieveRequest(requests=requests))
 _IDS = st.builds(pb.UserId, integer=_INTEGERS) | st.builds(pb.UserId, string=st.text(max_size=4)) | st.just(pb.UserId())
 _RECORDS = st.builds(
     lambda users, items, names, times: pb.RecordEventsRequest(
@@ -84,7 +85,7 @@ _THE_CALLERS = {
 
 @st.composite
 def _damaged(draw: st.DrawFn) -> bytes:
-    content = bytearray(draw(_REQUESTS | _RECORDS).SerializeToString())
+    content = bytearray(draw(_REQUESTS | _RECORDS | _BATCHES).SerializeToString())
     for place in draw(st.lists(st.integers(0, max(len(content) - 1, 0)), max_size=3)):
         content[place : place + 1] = draw(st.binary(max_size=3))
     return bytes(content)
@@ -103,9 +104,12 @@ def _code(channel: grpc.Channel, method: str, content: bytes) -> grpc.StatusCode
 @given(
     content=_REQUESTS.map(pb.RetrieveRequest.SerializeToString)
     | _RECORDS.map(pb.RecordEventsRequest.SerializeToString)
+    | _BATCHES.map(pb.BatchRetrieveRequest.SerializeToString)
     | _damaged()
     | st.binary(max_size=100),
-    method=st.sampled_from(["Retrieve", "Retrieve", "EmbedUsers", "RecordEvents", "RecordEvents", "GetServingState"]),
+    method=st.sampled_from(
+        ["Retrieve", "Retrieve", "BatchRetrieve", "EmbedUsers", "RecordEvents", "RecordEvents", "GetServingState"]
+    ),
 )
 def test_whatever_is_sent_is_answered_or_refused(address: str, content: bytes, method: str) -> None:
     with grpc.insecure_channel(address) as channel:

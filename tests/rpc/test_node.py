@@ -12,7 +12,7 @@ from google.protobuf import json_format
 
 from retrieval.errors import InvalidRequestError
 from retrieval.rpc.client import History, RetrievalClient
-from retrieval.rpc.convert import retrieve_request_to
+from retrieval.rpc.convert import batch_request_to, retrieve_request_to
 from retrieval.rpc.requests import RetrieveRequest
 from retrieval.rpc.server import running_server
 from retrieval.rpc.service import RetrievalService
@@ -72,10 +72,12 @@ def test_three_ways_to_ask_give_one_answer(
         json_format.MessageToDict(retrieve_request_to(one), preserving_proto_field_name=True)
         for one in [*requests, wrong]
     ]
+    together = json_format.MessageToDict(batch_request_to([*requests[:6], wrong]), preserving_proto_field_name=True)
     with running_server(config(world, tls=files, tokens=tokens)) as address:
         given = {"address": address, "root": tls.root.decode()}
         *answers, refused = ask(node, **given, token=TOKEN, requests=messages)
         (stranger,) = ask(node, **given, token="somebody", requests=messages[:1])
+        (batch,) = ask(node, **given, token=TOKEN, method="BatchRetrieve", requests=[together])
         credentials = grpc.ssl_channel_credentials(tls.root)
         with RetrievalClient(address, 20, credentials=credentials, token=TOKEN) as client:
             for request, answer in zip(requests, answers, strict=True):
@@ -91,6 +93,13 @@ def test_three_ways_to_ask_give_one_answer(
                 assert answer["snapshot_version"] == ours.snapshot_version
             with pytest.raises(InvalidRequestError) as error:
                 client.retrieve(backwards, k=3)
+    *several, error_of_one = batch["results"]
+    for result, alone in zip(several, answers, strict=False):
+        assert result["response"]["items"] == alone["items"]
+        assert result["response"]["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+    assert len(several) == 6
+    assert error_of_one["error"]["field"] == "history.timestamps[1]"
+    assert error_of_one["error"]["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert refused["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert refused["details"] == str(error.value)
     assert stranger["code"] == grpc.StatusCode.UNAUTHENTICATED.value[0]

@@ -123,7 +123,7 @@ def good(world: World, **changes: Any) -> Event:
         ({"timestamp": -1}, "timestamp", "-1 is not a time in seconds from 1970 to a day from now"),
         ({"timestamp": 1_800_000_000_000}, "timestamp", "1800000000000 is not a time in seconds"),
         ({"user_id": 2**63}, "user_id", "must be a string or a 64-bit integer"),
-        ({"item_id": None}, "item_id", "must be a string or a 64-bit integer"),
+        ({"item_id": None}, "item_id", "holds no id, and the event tells neither context nor auxiliary"),
         ({"timestamp": 1.5}, "timestamp", "must be an integer, in seconds"),
         ({"action": 3}, "action", "must be text"),
     ],

@@ -1,5 +1,7 @@
 """Snapshots change under a running server."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import pytest
 from retrieval.errors import InvalidRequestError, NoSnapshotError
 from retrieval.rpc.client import History, RetrievalClient, Retrieved
 from retrieval.rpc.requests import RetrieveRequest
-from retrieval.rpc.server import ServerConfig, running_server
+from retrieval.rpc.server import ServerConfig, run_server, running_server
 from retrieval.rpc.service import RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
 from retrieval.snapshot.registry import Registry
@@ -139,6 +141,35 @@ def test_a_rollback_is_followed(integer_world: World, registry: Registry) -> Non
         until(lambda: version_of(client) == first)
 
 
+def test_a_signal_lets_a_server_look_at_once(integer_world: World, registry: Registry) -> None:
+    """The server runs in this process's main thread, as `retrieval serve` does; it never polls of itself."""
+    first = publish(registry, integer_world.dataset, make_encoder(1))
+    seen: list[str] = []
+
+    def ask(address: str) -> None:
+        try:
+            with RetrievalClient(address, timeout=5) as client:
+                seen.append(version_of(client))
+                for version in (publish(registry, integer_world.dataset, make_encoder(2)), first):
+                    registry.activate(version)
+                    os.kill(os.getpid(), signal.SIGHUP)
+                    until(lambda version=version: version_of(client) == version)  # type: ignore[misc]
+                    seen.append(version)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    callers: list[threading.Thread] = []
+
+    def ready(address: str) -> None:
+        callers.append(threading.Thread(target=ask, args=(address,)))
+        callers[0].start()
+
+    run_server(config(registry).model_copy(update={"poll_seconds": 3600.0}), on_ready=ready)
+    callers[0].join()
+    assert len(seen) == 3
+    assert seen[0] == seen[2] == first
+
+
 def test_a_registry_that_disappears_leaves_the_snapshot_live(
     integer_world: World, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,7 +202,7 @@ def test_swaps_under_load_lose_no_call_and_mix_no_versions(integer_world: World,
             caller.start()
         for seed in range(1, 6):
             versions.append(publish(registry, integer_world.dataset, make_encoder(seed)))
-            until(lambda: version_of(client) == versions[-1])
+            until(lambda: bool(answers) and answers[-1][1].snapshot_version == versions[-1])
         done.set()
         for caller in callers:
             caller.join()

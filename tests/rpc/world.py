@@ -83,12 +83,18 @@ def make_encoder(
     return encoder
 
 
-def publish(registry: Registry, dataset: Dataset, encoder: HSTUEncoder, actions: tuple[str, ...] = ACTIONS) -> str:
+def publish(
+    registry: Registry,
+    dataset: Dataset,
+    encoder: HSTUEncoder,
+    actions: tuple[str, ...] = ACTIONS,
+    spec: IndexSpec | None = None,
+) -> str:
     titles = pa.array([f"Title {row}" if row % 7 else None for row in range(len(dataset.vocabulary))])
     counts = dataset.item_counts
     attributes = {"title": titles, "events": pa.array(counts), "popularity": pa.array(counts.astype(np.float32))}
     vocabulary = Vocabulary(dataset.vocabulary.ids, attributes)
-    spec = IndexSpec()
+    spec = spec if spec is not None else IndexSpec()
 
     def write(folder: Path) -> bytes:
         return write_snapshot(

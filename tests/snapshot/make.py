@@ -1,6 +1,6 @@
 """Small snapshots for tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,24 @@ ITEMS = 12
 CONFIG = HSTUConfig(num_items=ITEMS, max_length=6, width=8, qk_dim=8, v_dim=8)
 
 
-def writer(seed: int = 0, *, index_of: int | None = None, parent: str | None = None) -> Callable[[Path], bytes]:
+def writer(
+    seed: int = 0, *, index_of: int | None = None, parent: str | None = None, expired: Sequence[int] = ()
+) -> Callable[[Path], bytes]:
     """What `Registry.publish` takes.
 
     Args:
         seed: of the encoder's weights.
         index_of: seed of the encoder over whose items the index is built; by default the same.
         parent: the version that it claims to follow.
+        expired: rows that are no answers.
     """
     encoder = _encoder(seed)
     ids = pa.array([f"item-{number}" for number in range(ITEMS)])
     counts = (np.arange(ITEMS) + seed) % 5
-    vocabulary = Vocabulary(ids, {"events": pa.array(counts), "popularity": pa.array(counts.astype(np.float32))})
-    vectors = item_vectors(encoder if index_of is None else _encoder(index_of))
+    served = ~np.isin(np.arange(ITEMS), expired)
+    attributes = {"events": pa.array(counts), "popularity": pa.array(counts.astype(np.float32))}
+    vocabulary = Vocabulary(ids, attributes | ({"expired": pa.array(~served)} if expired else {}))
+    vectors = item_vectors(encoder if index_of is None else _encoder(index_of))[served]
 
     def write(folder: Path) -> bytes:
         return write_snapshot(
@@ -54,9 +59,9 @@ def writer(seed: int = 0, *, index_of: int | None = None, parent: str | None = N
     return write
 
 
-def publish(registry: Registry, seed: int = 0) -> str:
+def publish(registry: Registry, seed: int = 0, *, expired: Sequence[int] = ()) -> str:
     """Publish a snapshot of the seed."""
-    return registry.publish(writer(seed))
+    return registry.publish(writer(seed, expired=expired))
 
 
 def _encoder(seed: int) -> HSTUEncoder:

@@ -229,7 +229,7 @@ def test_the_commands_take_a_url(
         assert main(["snapshots", action[0], url, *action[1:], "--json"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == f'{{"current": "{second}", "versions": ["{first}", "{second}"]}}\n'
-    assert '"format":2' in said[1]
+    assert '"format":3' in said[1]
     assert said[2] == f'{{"version": "{second}", "verified": true}}\n'
     assert said[3] == f'{{"current": "{first}", "was": "{second}"}}\n'
     assert said[4] == f'{{"removed": [], "versions": ["{first}", "{second}"]}}\n'

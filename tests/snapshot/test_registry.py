@@ -1,9 +1,13 @@
 """What every registry promises, asked of a local folder and of an S3 server over a socket."""
 
 import errno
+import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -212,6 +216,61 @@ def test_a_version_that_is_being_opened_is_not_pruned(tmp_path: Path) -> None:
         assert registry.prune(1) == []
         open_snapshot(registry.folder(first))
     assert registry.prune(1) == [first]
+
+
+def test_who_waits_for_a_version_that_is_being_removed_is_told(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    folder = registry.folder(publish(registry))
+    with ThreadPoolExecutor(1) as pool:
+        with locked(folder / MANIFEST):
+            opening = pool.submit(open_snapshot, folder)
+            inode = f":{(folder / MANIFEST).stat().st_ino} "
+            locks = Path("/proc/locks")
+            wait_for(lambda: any("->" in line and inode in line for line in locks.read_text().splitlines()))
+            folder.rename(tmp_path / "gone")
+        with pytest.raises(SnapshotError, match="was removed as it was about to be read"):
+            opening.result()
+
+
+def test_a_server_that_is_loading_a_version_keeps_it_from_being_pruned(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    first = publish(registry)
+    manifest = registry.folder(first) / MANIFEST
+    command = [sys.executable, "-m", "retrieval.cli.main", "serve", str(tmp_path / "registry"), "--port", "0"]
+    with subprocess.Popen([*command, "--poll-seconds", "0.2"], stderr=subprocess.PIPE, text=True) as server:
+        try:
+            while not is_locked(manifest):
+                assert server.poll() is None
+            server.send_signal(signal.SIGSTOP)
+            assert is_locked(manifest), "the server was stopped in the middle of loading"
+            second = publish(registry, seed=1)
+            assert registry.prune(1) == []
+            assert registry.versions() == [first, second]
+            server.send_signal(signal.SIGCONT)
+            assert server.stderr is not None
+            for line in server.stderr:
+                assert "could not be loaded" not in line
+                if f"serving snapshot {second}" in line:
+                    break
+            assert registry.prune(1) == [first]
+        finally:
+            server.kill()
+
+
+def is_locked(file: Path) -> bool:
+    """Whether some process holds a file's lock."""
+    try:
+        with locked(file, wait=False):
+            return False
+    except BlockingIOError:
+        return True
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_what_a_killed_publication_and_a_killed_removal_left_is_swept(tmp_path: Path) -> None:

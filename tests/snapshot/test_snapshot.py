@@ -99,6 +99,24 @@ def test_truncation_trailing_bytes_holes_and_absence_are_refused(registry: Regis
         open_snapshot(folder)
 
 
+def test_expired_items_are_in_no_answer_and_still_in_the_encoder(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    snapshot = open_snapshot(registry.folder(publish(registry, expired=[0, 5])))
+    assert (snapshot.manifest.items, snapshot.manifest.expired) == (ITEMS, 2)
+    assert np.flatnonzero(~snapshot.served).tolist() == [0, 5]
+    found = snapshot.searcher.search(item_vectors(snapshot.encoder), [ITEMS] * ITEMS).rows
+    others = [row for row in range(ITEMS) if row not in (0, 5)]
+    assert all(sorted(rows[rows >= 0].tolist()) == others for rows in found)
+    assert sorted(snapshot.popular.tolist()) == others
+    assert snapshot.vocabulary.rows_of(["item-5"]).tolist() == [5]
+
+
+def test_a_manifest_that_counts_other_expired_items_is_refused(registry: Registry) -> None:
+    folder = rewrite_manifest(registry.folder(registry.current()), expired=1)
+    with pytest.raises(SnapshotCorruptError, match="are not those of the manifest"):
+        open_snapshot(folder)
+
+
 @pytest.mark.parametrize("name", ["encoder.safetensors", "index.faiss", "vocabulary.arrow", "encoder.json"])
 def test_a_file_of_another_night_is_refused(registry: Registry, name: str) -> None:
     first = registry.folder(registry.current())
@@ -135,9 +153,9 @@ def rewrite_manifest(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 3}, "format 3 is newer than the format 2 that this version reads; upgrade it"),
-        ({"format": 1}, "format 1 is not the format 2"),
-        ({"format": None}, "format None is not the format 2"),
+        ({"format": 4}, "format 4 is newer than the format 3 that this version reads; upgrade it"),
+        ({"format": 1}, "format 1 is none of the formats 2 and 3"),
+        ({"format": None}, "format None is none of the formats 2 and 3"),
         ({"items": 13}, "are not those of the manifest"),
         ({"width": 9}, "are not those of the manifest"),
         ({"model": "0" * 64}, "are not those of the manifest"),

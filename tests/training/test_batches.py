@@ -7,7 +7,7 @@ import pytest
 
 from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.errors import ConfigError
-from retrieval.training.batches import Batches, Fresh, cloze_batch
+from retrieval.training.batches import Batches, Fresh, Objective, cloze_batch
 from retrieval.training.config import TrainConfig
 from retrieval.types import JaggedBatch
 from tests.support import cyclic_histories, write_dataset
@@ -56,6 +56,27 @@ def test_every_epoch_visits_every_user_once_in_an_order_of_its_own(tmp_path: Pat
         for (step, batch), (same, again) in zip(steps[first:], batches.from_step(first), strict=True):
             assert step == same
             assert np.array_equal(batch.inputs.items, again.inputs.items)
+
+
+@pytest.mark.parametrize("objective", ["next", "cloze"])
+def test_windows_reach_all_of_a_long_history_and_their_cuts_move(tmp_path: Path, objective: Objective) -> None:
+    """A history of events 0 to 20 as 8-token windows beside one that needs no cut."""
+    histories = [[(item, 1, item) for item in range(first, last)] for first, last in ((0, 21), (21, 25))]
+    dataset = write_dataset(tmp_path / "d", histories, range(25))
+    split = split_dataset(dataset, SplitInfo(protocol="all"))
+    batches = Batches(dataset, split, TrainConfig(epochs=8, windows="all"), objective=objective, max_length=8)
+    assert batches.per_epoch == 1
+    ends = set()
+    for _, batch in batches.from_step(0):
+        bounds = zip(batch.inputs.offsets[:-1], batch.inputs.offsets[1:], strict=True)
+        rows = sorted(batch.targets[start:end].tolist() for start, end in bounds)
+        begin = 1 if objective == "next" else 0
+        assert rows.pop() == [21, 22, 23, 24][begin:]
+        assert sorted({item for row in rows for item in row}) == list(range(begin, 21))
+        assert [len(row) for row in rows] == [min(8, rows[0][-1] + 1 - begin), 8, 8]
+        assert all(row == list(range(row[0], row[-1] + 1)) for row in rows)
+        ends.add(rows[0][-1])
+    assert len(ends) > 2
 
 
 def test_a_weight_for_what_is_not_a_positive_action_is_refused(tmp_path: Path) -> None:

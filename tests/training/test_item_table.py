@@ -66,6 +66,43 @@ def test_an_item_without_features_keeps_its_id(tmp_path: Path) -> None:
     assert all(any(torch.equal(row, shared) for shared in table.weight) for row in made[WARM:])
 
 
+def with_vectors(folder: Path) -> Dataset:
+    """As `grouped`, with a vector for each group in place of its name, none for one item."""
+    dataset = grouped(folder)
+    directions = np.random.default_rng(1).standard_normal((GROUPS, 8)).tolist()
+    vectors = [directions[item % GROUPS] if item != WARM else None for item in range(WARM + COLD)]
+    Vocabulary(dataset.vocabulary.ids, {"v": pa.array(vectors)}).save(folder / "vocabulary.arrow")
+    return Dataset(folder)
+
+
+VECTORS = ItemFeatureSchema.model_validate({"attributes": {"v": {"kind": "vector"}}, "id_dropout": 0.3})
+
+
+def test_a_vector_is_projected_and_a_missing_one_adds_nothing(tmp_path: Path) -> None:
+    dataset = with_vectors(tmp_path / "d")
+    features = item_features(dataset.vocabulary, VECTORS, dataset.item_counts)
+    table = ItemTable(features, VECTORS, dataset.item_counts, width=4)
+    assert table.projection is not None
+    ids, rows = torch.randn(WARM + COLD, 4), torch.tensor([3, WARM, 7, WARM + 1])
+    whole = table(ids)
+    torch.testing.assert_close(table(ids[rows], rows), whole[rows])
+    torch.testing.assert_close(whole[3], ids[3] + torch.from_numpy(features.vectors[3]) @ table.projection)
+    torch.testing.assert_close(whole[WARM + 1], torch.from_numpy(features.vectors[1]) @ table.projection)
+    assert not whole[WARM].any()
+
+
+def test_a_vector_alone_lets_an_item_without_events_be_found(tmp_path: Path) -> None:
+    dataset = with_vectors(tmp_path / "d")
+    split = split_dataset(dataset, SplitInfo(protocol="all"))
+    encoder = HSTUConfig(num_items=WARM + COLD, max_length=8, width=16, qk_dim=16, v_dim=16, num_layers=1)
+    config = TrainConfig(
+        epochs=8, batch_size=32, learning_rate=0.01, num_negatives=20, item_features=VECTORS, sparse_items=True
+    )
+    vectors = item_vectors(train(dataset, split, encoder, config, tmp_path / "run"))
+    nearest = np.argsort(-(vectors[WARM + 1 :] @ vectors[:WARM].T), axis=1)[:, : WARM // GROUPS]
+    assert (nearest % GROUPS == (np.arange(WARM + 1, WARM + COLD) % GROUPS)[:, None]).mean() > 0.8
+
+
 @pytest.mark.parametrize("options", [{"sparse_items": True}, {"sparse_items": False}, {"ema_decay": 0.9}], ids=str)
 def test_an_item_without_events_lies_with_the_items_that_are_like_it(
     tmp_path: Path, options: dict[str, object]

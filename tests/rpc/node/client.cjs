@@ -1,4 +1,4 @@
-// Reads {address, root, token, proto, requests} as JSON from stdin, asks each request and prints the answers as JSON.
+// Reads {address, root, token, proto, method, requests} as JSON from stdin, asks each request and prints the answers as JSON.
 // A refused call is {code, details}.
 const grpc = require("@grpc/grpc-js");
 const loader = require("@grpc/proto-loader");
@@ -13,7 +13,7 @@ if (given.token) metadata.set("authorization", `Bearer ${given.token}`);
 
 const ask = (request) =>
   new Promise((resolve) =>
-    client.Retrieve(request, metadata, { deadline: Date.now() + 20000 }, (error, answer) =>
+    client[given.method || "Retrieve"](request, metadata, { deadline: Date.now() + 20000 }, (error, answer) =>
       resolve(error ? { code: error.code, details: error.details } : answer),
     ),
   );

@@ -1,3 +1,6 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -164,7 +167,7 @@ class Filter(_message.Message):
     def __init__(self, compare: _Optional[_Union[Filter.Compare, _Mapping]] = ..., missing: _Optional[_Union[Filter.Missing, _Mapping]] = ..., all: _Optional[_Union[Filter.Parts, _Mapping]] = ..., any: _Optional[_Union[Filter.Parts, _Mapping]] = ..., **kwargs) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version", "action", "fresh_events")
+    __slots__ = ("history", "stored_user", "embedding", "k", "request_time", "exclude", "exclude_seen", "include_titles", "filter", "required_version", "action", "fresh_events", "exact", "debug")
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     STORED_USER_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +180,8 @@ class RetrieveRequest(_message.Message):
     REQUIRED_VERSION_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
     FRESH_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    DEBUG_FIELD_NUMBER: _ClassVar[int]
     history: History
     stored_user: UserId
     embedding: Embedding
@@ -189,10 +194,12 @@ class RetrieveRequest(_message.Message):
     required_version: str
     action: str
     fresh_events: History
-    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ..., action: _Optional[str] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
+    exact: bool
+    debug: bool
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., stored_user: _Optional[_Union[UserId, _Mapping]] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., k: _Optional[int] = ..., request_time: _Optional[int] = ..., exclude: _Optional[_Union[ItemIds, _Mapping]] = ..., exclude_seen: _Optional[bool] = ..., include_titles: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., required_version: _Optional[str] = ..., action: _Optional[str] = ..., fresh_events: _Optional[_Union[History, _Mapping]] = ..., exact: _Optional[bool] = ..., debug: _Optional[bool] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "scores", "snapshot_version", "source", "shortfall", "unknown_items", "titles")
+    __slots__ = ("items", "scores", "snapshot_version", "source", "shortfall", "unknown_items", "titles", "cold_items", "debug")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +207,8 @@ class RetrieveResponse(_message.Message):
     SHORTFALL_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_ITEMS_FIELD_NUMBER: _ClassVar[int]
     TITLES_FIELD_NUMBER: _ClassVar[int]
+    COLD_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DEBUG_FIELD_NUMBER: _ClassVar[int]
     items: ItemIds
     scores: _containers.RepeatedScalarFieldContainer[float]
     snapshot_version: str
@@ -207,7 +216,69 @@ class RetrieveResponse(_message.Message):
     shortfall: int
     unknown_items: int
     titles: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., scores: _Optional[_Iterable[float]] = ..., snapshot_version: _Optional[str] = ..., source: _Optional[_Union[Source, str]] = ..., shortfall: _Optional[int] = ..., unknown_items: _Optional[int] = ..., titles: _Optional[_Iterable[str]] = ...) -> None: ...
+    cold_items: _containers.RepeatedScalarFieldContainer[int]
+    debug: Debug
+    def __init__(self, items: _Optional[_Union[ItemIds, _Mapping]] = ..., scores: _Optional[_Iterable[float]] = ..., snapshot_version: _Optional[str] = ..., source: _Optional[_Union[Source, str]] = ..., shortfall: _Optional[int] = ..., unknown_items: _Optional[int] = ..., titles: _Optional[_Iterable[str]] = ..., cold_items: _Optional[_Iterable[int]] = ..., debug: _Optional[_Union[Debug, _Mapping]] = ...) -> None: ...
+
+class Debug(_message.Message):
+    __slots__ = ("plan", "eligible", "batch_size", "decode", "queue", "encode", "search")
+    class Plan(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PLAN_UNSPECIFIED: _ClassVar[Debug.Plan]
+        PLAN_INDEX: _ClassVar[Debug.Plan]
+        PLAN_SELECTOR: _ClassVar[Debug.Plan]
+        PLAN_SCAN: _ClassVar[Debug.Plan]
+    PLAN_UNSPECIFIED: Debug.Plan
+    PLAN_INDEX: Debug.Plan
+    PLAN_SELECTOR: Debug.Plan
+    PLAN_SCAN: Debug.Plan
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
+    plan: Debug.Plan
+    eligible: int
+    batch_size: int
+    decode: _duration_pb2.Duration
+    queue: _duration_pb2.Duration
+    encode: _duration_pb2.Duration
+    search: _duration_pb2.Duration
+    def __init__(self, plan: _Optional[_Union[Debug.Plan, str]] = ..., eligible: _Optional[int] = ..., batch_size: _Optional[int] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., encode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., search: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class BatchRetrieveRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RetrieveRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[RetrieveRequest, _Mapping]]] = ...) -> None: ...
+
+class BatchRetrieveResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[RetrieveResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[RetrieveResult, _Mapping]]] = ...) -> None: ...
+
+class RetrieveResult(_message.Message):
+    __slots__ = ("response", "error")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    response: RetrieveResponse
+    error: Error
+    def __init__(self, response: _Optional[_Union[RetrieveResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "reason", "message", "field")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    reason: str
+    message: str
+    field: str
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ...) -> None: ...
 
 class EmbedUsersRequest(_message.Message):
     __slots__ = ("users", "request_time", "action")
@@ -251,18 +322,36 @@ class ItemId(_message.Message):
     def __init__(self, integer: _Optional[int] = ..., string: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("user_id", "item_id", "action", "timestamp", "event_id")
+    __slots__ = ("user_id", "item_id", "action", "timestamp", "event_id", "context", "auxiliary")
+    class ContextEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class AuxiliaryEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    AUXILIARY_FIELD_NUMBER: _ClassVar[int]
     user_id: UserId
     item_id: ItemId
     action: str
     timestamp: int
     event_id: str
-    def __init__(self, user_id: _Optional[_Union[UserId, _Mapping]] = ..., item_id: _Optional[_Union[ItemId, _Mapping]] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., event_id: _Optional[str] = ...) -> None: ...
+    context: _containers.ScalarMap[str, str]
+    auxiliary: _containers.ScalarMap[str, str]
+    def __init__(self, user_id: _Optional[_Union[UserId, _Mapping]] = ..., item_id: _Optional[_Union[ItemId, _Mapping]] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., event_id: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ..., auxiliary: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class RecordEventsRequest(_message.Message):
     __slots__ = ("events",)
