@@ -9,8 +9,8 @@ parameters:
 
     ours        `Searcher`, which plans by the costs that it measures
     index, selector, scan   `Searcher` made to prefer that plan; the column `plans` tells which ones answered
-    faiss       Faiss's own selector at the tuned parameters; the same index
-    faiss/share the same with nprobe or efSearch divided by the share of survivors
+    backend     the index's own selector at the tuned parameters, Faiss's where the index is Faiss's
+    backend/share the same with nprobe or efSearch divided by the share of survivors
     hnswlib     its filter, a Python function, at the ef that reaches the target without a filter
 
 Recall counts answers that score no worse than the true k-th eligible one. `ours` must reach the target less one
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import WrongAnswerError, append_rows, environment, timed
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import FaissBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.filter import Compare
 from retrieval.index.planner import Costs
@@ -44,7 +44,7 @@ from retrieval.types import Answers, Plan
 _RESULTS = Path(__file__).parent / "results" / "filters.csv"
 _SHARES = (1.0, 0.5, 0.1, 0.01, 0.001, 0.00001)
 _K, _BATCH, _WIDTH, _LATENT = 100, 64, 64, 16
-# Below this share only `ours`, `scan`, `faiss` and `hnswlib` are measured: the others take seconds a query.
+# Below this share only `ours`, `scan`, `backend` and `hnswlib` are measured: the others take seconds a query.
 _LEAST_FORCED = 0.1
 _SLACK = 0.005
 _CPU = torch.device("cpu")
@@ -135,8 +135,8 @@ def ours(searcher: Searcher, filter_: Compare | None, survivors: int) -> Search:
     return search
 
 
-def faiss_selector(backend: FaissBackend, mask: NDArray[np.bool_] | None, effort: float) -> Search:
-    """Faiss by itself."""
+def own_selector(backend: Index, mask: NDArray[np.bool_] | None, effort: float) -> Search:
+    """The index by itself."""
     allowed = None if mask is None else np.packbits(mask, bitorder="little")
 
     def search(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], str]:
@@ -182,19 +182,16 @@ def hnswlib_filter(world: World, target: float) -> Callable[[NDArray[np.bool_]],
     return with_mask
 
 
-def tuned(world: World, factory: str, searches: Sequence[dict[str, float]], target: float) -> FaissBackend:
+def tuned(world: World, factory: str, searches: Sequence[dict[str, float]], target: float) -> Index:
     """The index with the first search parameters that reach the target without a filter.
 
     Raises:
         WrongAnswerError: none does.
     """
-    index = build_index(world.items, IndexSpec(factory=factory))
+    backend = build_index(world.items, IndexSpec(factory=factory))
     thresholds = world.thresholds(np.ones(len(world.items), bool))
     for search in searches:
-        spec = IndexSpec(factory=factory, search=search)
-        for name, setting in spec.search.items():
-            faiss.ParameterSpace().set_index_parameter(index, name, setting)
-        backend = FaissBackend(index, world.items, spec)
+        backend = backend.tuned(search)
         scores = backend.search(world.queries, _K).scores
         if recall_of(scores, thresholds, len(world.items))[0] >= target:
             return backend
@@ -215,6 +212,7 @@ def main() -> None:
     probes = [2**i for i in range(2, 12) if 2**i <= cells]
     backends = [
         tuned(world, "Flat", [{}], options.target),
+        tuned(world, f"IVF{cells // 2},Int8", [{"nprobe": n} for n in probes], options.target),
         tuned(world, f"IVF{cells},Flat", [{"nprobe": n} for n in probes], options.target),
         tuned(
             world,
@@ -242,9 +240,9 @@ def main() -> None:
                         ways.append((str(backend.spec), name, ours(searcher, filter_, survivors)))
                 if backend.supports_allowed or share == 1:
                     allowed = mask if share < 1 else None
-                    ways.append((str(backend.spec), "faiss", faiss_selector(backend, allowed, 1.0)))
+                    ways.append((str(backend.spec), "backend", own_selector(backend, allowed, 1.0)))
                     if _LEAST_FORCED <= share < 1 and backend.spec.search:
-                        ways.append((str(backend.spec), "faiss/share", faiss_selector(backend, allowed, 1 / share)))
+                        ways.append((str(backend.spec), "backend/share", own_selector(backend, allowed, 1 / share)))
             if rival is not None:
                 ways.append(("hnswlib M32", "hnswlib", rival(mask)))
             rows: list[dict[str, object]] = []

@@ -43,7 +43,6 @@ from benchmarks.load import Generator, Load, generator
 from benchmarks.serving_world import EVENTS, K, Queries, check, make_queries, publish_world
 from retrieval.data.sequences import gather_histories
 from retrieval.encoder.inference import embed_users
-from retrieval.index.builder import read_index
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.server import SERVICE, ServerConfig, run_server
 from retrieval.snapshot.registry import Registry
@@ -94,7 +93,7 @@ def _serve_plain(path: Path, ready: Connection) -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     snapshot = _live(path)
-    index = read_index(path / snapshot.version / "index.faiss", snapshot.manifest.index)
+    index = faiss.read_index(str(path / snapshot.version / "index.faiss"))
     ids = snapshot.vocabulary.ids.to_numpy()
     row_of = {id_: row for row, id_ in enumerate(ids.tolist())}
 

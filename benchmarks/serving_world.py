@@ -56,7 +56,7 @@ def publish_world(registry: Registry, items: int) -> None:
     def write(folder: Path) -> bytes:
         index = build_index(item_vectors(encoder), spec)
         return write_snapshot(
-            folder, encoder=encoder, info=info, vocabulary=vocabulary, index=index, spec=spec, ann_recall=1.0, report={}
+            folder, encoder=encoder, info=info, vocabulary=vocabulary, index=index, ann_recall=1.0, report={}
         )
 
     registry.publish(write)

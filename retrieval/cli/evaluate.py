@@ -56,7 +56,6 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
     from retrieval.data.splits import SplitInfo, split_dataset
     from retrieval.encoder.inference import embed_users, item_vectors
     from retrieval.evaluation.offline import evaluate
-    from retrieval.index.backend import FaissBackend
     from retrieval.index.searcher import Searcher
     from retrieval.jobs.index_choice import built_index
     from retrieval.jobs.publish import current_user_embeddings, load_trained
@@ -68,8 +67,7 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
     split = split_dataset(dataset, split_info)
     vectors = item_vectors(encoder)
     built = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
-    index, spec = built.index, built.spec
-    searcher = Searcher(FaissBackend(index, vectors, spec), dataset.vocabulary.rank_by_id)
+    searcher = Searcher(built.index, dataset.vocabulary.rank_by_id)
     with progress("evaluate") as update:
         return evaluate(
             dataset,

@@ -140,8 +140,8 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
         "--index",
         default="Flat",
         metavar="FACTORY",
-        help="Faiss factory string, e.g. IVF1024,Flat or HNSW32, or auto: the fastest that reaches --index-recall, "
-        "by measurement (default: Flat, which is exact)",
+        help="IVF512,Int8 (the nearest of 512 lists), a Faiss factory string, e.g. HNSW32, or auto: the fastest that "
+        "reaches --index-recall, by measurement (default: Flat, which is exact)",
     )
     parser.add_argument(
         "--index-recall",

@@ -8,6 +8,7 @@ from retrieval.encoder.hstu_layer import HSTULayer
 from retrieval.encoder.protocol import UserEncoder, normalize
 from retrieval.kernels.backend import Backend
 from retrieval.kernels.hstu_attention import AttentionPlan, plan_attention
+from retrieval.kernels.hstu_last import fits, hstu_last
 
 __all__ = ["HSTUEncoder"]
 
@@ -37,12 +38,19 @@ class HSTUEncoder(UserEncoder):
     def last(self, batch: JaggedTensors) -> Tensor:
         """User embeddings of unit length after each row's last token, `[B, D]`: what serving asks for.
 
-        Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. Rows must not be
-        empty. Evaluation mode and no gradient.
+        Equal to `forward` at those tokens up to rounding; the last layer computes one query per row. On a CPU with the
+        compiled kernels all layers are one call. Rows must not be empty. Evaluation mode and no gradient.
         """
         if self.config.layout == "interleaved":
             batch, _ = batch.interleaved()
         x = self._embed(self._look_up(batch), batch)
+        config = self.config
+        assert isinstance(config, HSTUConfig)
+        if self.backend == "auto" and config.attention == "pointwise" and fits(x):
+            layers = [layer.weights for layer in self.layers if isinstance(layer, HSTULayer)]
+            where = batch.offsets, batch.timestamps, batch.query_times
+            shape = {"heads": config.num_heads, "qk_dim": config.qk_dim, "v_dim": config.v_dim}
+            return normalize(hstu_last(x, layers, where, norm=config.attention_norm, **shape))
         plan = self._plan(batch, len(self.layers) - 1)
         for layer in self.layers[:-1]:
             x = layer(x, plan)

@@ -11,6 +11,7 @@ from retrieval.encoder.softmax_attention import softmax_attention
 from retrieval.kernels.gated_norm import gated_norm
 from retrieval.kernels.hstu_attention import AttentionPlan, hstu_attention
 from retrieval.kernels.hstu_decode import hstu_decode
+from retrieval.kernels.hstu_last import LayerWeights
 from retrieval.kernels.time_bucket import NUM_TIME_BUCKETS, time_bucket
 
 __all__ = ["HSTULayer"]
@@ -43,6 +44,11 @@ class HSTULayer(nn.Module):
                 nn.init.normal_(parameter, std=_INIT_STD)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+
+    @property
+    def weights(self) -> LayerWeights:
+        """What the fused layers read."""
+        return LayerWeights(self.uvqk, self.output.weight, self.output.bias, self.pos_table, self.time_table)
 
     def forward(self, x_TD: Tensor, plan: AttentionPlan) -> Tensor:
         """`[T, D]` → `[T, D]`."""

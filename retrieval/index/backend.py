@@ -1,17 +1,20 @@
 """The seam between searching and what is searched: one protocol, and Faiss behind it."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any, Protocol
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.errors import ConfigError
 from retrieval.index.exact import prefer_products
 from retrieval.index.spec import IndexSpec
 from retrieval.types import SearchResult
 
-__all__ = ["FaissBackend", "IndexBackend"]
+__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason", "write_faiss"]
 
 # Its stubs know neither the keyword arguments of search parameters nor selectors made from arrays.
 _FAISS: Any = faiss
@@ -64,6 +67,31 @@ class IndexBackend(Protocol):
         ...
 
 
+class Index(IndexBackend, Protocol):
+    """An index as it is built, tuned and kept."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that the index takes, without `vectors`."""
+        ...
+
+    def tuned(self, search: dict[str, float]) -> "Index":
+        """The same index searched with these parameters; this one must not be searched any more.
+
+        Raises:
+            ConfigError: the index has no such parameter.
+        """
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the index's file, `spec.file` of a snapshot.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        ...
+
+
 class FaissBackend:
     """A Faiss index whose labels are rows.
 
@@ -71,6 +99,9 @@ class FaissBackend:
         index: the index.
         vectors: the embeddings in it, `[N, D]`.
         spec: what it was built from.
+
+    Raises:
+        ConfigError: the index has no such search parameter.
     """
 
     max_k: int | None = None
@@ -78,7 +109,17 @@ class FaissBackend:
     def __init__(self, index: faiss.Index, vectors: NDArray, spec: IndexSpec) -> None:
         assert vectors.shape == (index.ntotal, index.d)
         self.spec, self.vectors, self._index = spec, vectors, index
+        self._apply(spec)
         self.supports_allowed = self._honours_a_selector()
+
+    def _apply(self, spec: IndexSpec) -> None:
+        for name, value in spec.search.items():
+            try:
+                faiss.ParameterSpace().set_index_parameter(self._index, name, value)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"index {spec.factory!r} takes no parameter {name}={value:g}: {faiss_reason(error)}"
+                ) from None
 
     @property
     def count(self) -> int:
@@ -89,6 +130,21 @@ class FaissBackend:
     def width(self) -> int:
         """D."""
         return int(self._index.d)
+
+    @property
+    def size(self) -> int:
+        """As the protocol says: the bytes that the index is written in."""
+        writer = _Counter()
+        faiss.write_index(self._index, _FAISS.PyCallbackIOWriter(writer))
+        return writer.bytes
+
+    def tuned(self, search: dict[str, float]) -> "FaissBackend":
+        """As the protocol says."""
+        return FaissBackend(self._index, self.vectors, self.spec.model_copy(update={"search": search}))
+
+    def save(self, path: Path) -> None:
+        """As the protocol says."""
+        write_faiss(self._index, path)
 
     def search(
         self,
@@ -137,3 +193,30 @@ def _parameters(index: faiss.Index, selector: faiss.IDSelector | None, effort: f
     if isinstance(index, faiss.IndexHNSW):
         return _FAISS.SearchParametersHNSW(efSearch=math.ceil(index.hnsw.efSearch * effort), **given)
     return _FAISS.SearchParameters(**given)
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """A Faiss error without the C++ function and file before it, which say nothing to a user."""
+    return re.sub(r"^.* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
+
+
+def write_faiss(index: faiss.Index, path: Path) -> None:
+    """Write a Faiss index.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({faiss_reason(error)})") from None
+
+
+class _Counter:
+    """Counts what is written to it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, block: bytes) -> None:
+        self.bytes += len(block)

@@ -1,32 +1,49 @@
-"""Building, writing and reading Faiss indexes."""
+"""Building indexes and opening their files."""
 
-import re
 from pathlib import Path
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
+from retrieval.errors import ConfigError, SnapshotCorruptError
+from retrieval.index.backend import FaissBackend, Index, faiss_reason
+from retrieval.index.codes_backend import CodesBackend
+from retrieval.index.lists import Report, build_lists, check_finite, load_lists
 from retrieval.index.spec import IndexSpec
 
-__all__ = ["apply_search_parameters", "build_index", "read_index", "write_index"]
+__all__ = ["build_index", "open_index", "score_error"]
+
+# How many items are looked up to see whether an index is one of these embeddings, and how deep.
+_PROBES, _PROBE_DEPTH = 64, 10
+_MOST_OFF = 0.5
 
 
-def build_index(vectors: NDArray[np.float32], spec: IndexSpec) -> faiss.Index:
-    """Train and fill an index; label i of a search is row i.
+def build_index(
+    vectors: NDArray[np.float32],
+    spec: IndexSpec,
+    *,
+    work: Path | None = None,
+    report: Report = lambda done, total: None,
+) -> Index:
+    """Train and fill an index; what it answers are rows.
 
     Args:
-        vectors: item embeddings of unit length, float32 `[N, D]`.
+        vectors: item embeddings of unit length, float32 `[N, D]`, possibly memory-mapped; an index of codes never holds
+            all of them in memory, one of Faiss's does.
         spec: what to build.
+        work: folder that keeps what is done of an index of lists of codes, so that a build that was killed goes on.
+        report: told how many items of such an index are assigned, and of how many.
 
     Raises:
-        ConfigError: Faiss does not know the factory string or a search parameter, or cannot train it on so few items.
+        ConfigError: the factory string or a search parameter is not known, or items are too few.
         InputError: an embedding is not finite.
     """
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(broken):
-        raise InputError(f"embeddings of {len(broken)} items are not finite, the first at row {broken[0]}")
+    check_finite(vectors)
+    if spec.factory == "Flat":
+        return CodesBackend(vectors, spec)
+    if spec.lists is not None:
+        return CodesBackend(vectors, spec, build_lists(vectors, spec.lists, work=work, report=report))
     vectors = np.ascontiguousarray(vectors, np.float32)
     try:
         index = faiss.index_factory(vectors.shape[1], spec.factory, faiss.METRIC_INNER_PRODUCT)
@@ -34,51 +51,49 @@ def build_index(vectors: NDArray[np.float32], spec: IndexSpec) -> faiss.Index:
         index.add(vectors)
     except RuntimeError as error:
         raise ConfigError(
-            f"index {spec.factory!r} cannot be built over {len(vectors)} items: {_reason(error)}"
+            f"index {spec.factory!r} cannot be built over {len(vectors)} items: {faiss_reason(error)}"
         ) from None
-    apply_search_parameters(index, spec)
-    return index
+    return FaissBackend(index, vectors, spec)
 
 
-def apply_search_parameters(index: faiss.Index, spec: IndexSpec) -> None:
-    """Set an index's search parameters.
-
-    Raises:
-        ConfigError: the index has no such parameter.
-    """
-    for name, value in spec.search.items():
-        try:
-            faiss.ParameterSpace().set_index_parameter(index, name, value)
-        except RuntimeError as error:
-            raise ConfigError(f"index {spec.factory!r} takes no parameter {name}={value:g}: {_reason(error)}") from None
-
-
-def _reason(error: RuntimeError) -> str:
-    """A Faiss error without the C++ function and file before it, which say nothing to a user."""
-    return re.sub(r"^.* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
-
-
-def write_index(index: faiss.Index, path: Path) -> None:
-    """Write an index file.
+def open_index(path: Path, spec: IndexSpec, vectors: NDArray[np.float32]) -> Index:
+    """Open an index file whose checksum has been verified: Faiss itself notices little damage.
 
     Raises:
-        OSError: it cannot be written.
+        SnapshotCorruptError: it cannot be read, or is not an index over these embeddings.
     """
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written ({_reason(error)})") from None
-
-
-def read_index(path: Path, spec: IndexSpec) -> faiss.Index:
-    """Read an index file whose checksum has been verified: Faiss itself notices little damage.
-
-    Raises:
-        SnapshotCorruptError: Faiss cannot read it.
-    """
+    if spec.lists is not None:
+        return CodesBackend(vectors, spec, load_lists(path, spec.lists, vectors))
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
-        raise SnapshotCorruptError(f"{path}: is not a readable Faiss index ({_reason(error)})") from None
-    apply_search_parameters(index, spec)
-    return index
+        raise SnapshotCorruptError(f"{path}: is not a readable Faiss index ({faiss_reason(error)})") from None
+    if (index.ntotal, index.d) != vectors.shape:
+        raise SnapshotCorruptError(
+            f"{path}: encoder, vocabulary and index do not belong together ({index.ntotal} items of width {index.d} in "
+            f"the index, {len(vectors)} of width {vectors.shape[1]} in the encoder)"
+        )
+    exact = spec.factory == "Flat"
+    # What it holds are the vectors that are here already.
+    opened = FaissBackend(index, vectors, IndexSpec() if exact else spec)
+    off = score_error(opened, vectors)
+    if not off < _MOST_OFF:
+        raise SnapshotCorruptError(
+            f"{path}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
+        )
+    return CodesBackend(vectors, spec) if exact else opened
+
+
+def score_error(index: Index, vectors: NDArray[np.float32]) -> float:
+    """How far an index's scores are from those of some embeddings, as a share.
+
+    An index knows the embeddings that it was built over: its scores of what it finds are then theirs, up to what its
+    codec loses. Those of other embeddings have nothing to do with them.
+    """
+    if not len(vectors):
+        return 0.0
+    rows = np.unique(np.linspace(0, len(vectors) - 1, _PROBES).astype(np.int64))
+    found = index.search(vectors[rows], min(_PROBE_DEPTH, len(vectors)))
+    exact = np.einsum("qd,qkd->qk", vectors[rows], vectors[found.rows])
+    here = found.rows >= 0
+    return float(np.abs(found.scores - exact)[here].sum() / np.abs(exact)[here].sum())

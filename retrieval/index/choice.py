@@ -7,17 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.errors import ConfigError
-from retrieval.index.backend import FaissBackend
-from retrieval.index.builder import apply_search_parameters, build_index
+from retrieval.index.backend import Index
+from retrieval.index.builder import build_index
+from retrieval.index.codes import library
 from retrieval.index.exact import scan
 from retrieval.index.spec import IndexSpec
 
@@ -39,8 +39,6 @@ _WORTH_A_ROW: Final = 0.5
 _PASSES: Final = 3
 
 Report = Callable[[str], None]
-# Its stubs do not know writers in Python.
-_FAISS: Any = faiss
 
 
 class AutoIndex(Config):
@@ -96,7 +94,7 @@ class Choice:
         table: everything that was measured, for the report.
     """
 
-    index: faiss.Index
+    index: Index
     spec: IndexSpec
     recall: float
     table: tuple[Measured, ...]
@@ -111,7 +109,7 @@ def choose_index(
 ) -> Choice:
     """Build the fastest index that reaches the recall asked for.
 
-    Candidates (exact search, inverted lists of vectors and of 4-bit codes with refinement, HNSW) are built on two
+    Candidates (exact search, inverted lists of 8-bit codes and of 4-bit codes with refinement, HNSW) are built on two
     samples of the items, and their search parameters raised until they reach the recall there. Times on the two say how
     a candidate's cost grows; the two that promise to be fastest on all items are built on all, tuned again and timed:
     the faster one that reaches the recall is taken. Exact search always reaches it. Up to 200,000 items, all candidates
@@ -143,12 +141,12 @@ def choose_index(
         candidates = _candidates(count, vectors.shape[1])
     else:
         candidates = _promising(sample, count, tune, auto, table, report)
-    best: tuple[Measured, faiss.Index] | None = None
+    best: tuple[Measured, Index] | None = None
     too_large: list[int] = []
     for factory in candidates:
         curve, index = _curve(whole, factory, report)
         table += curve
-        size = _size(index)
+        size = index.size
         if auto.max_bytes is not None and size > auto.max_bytes:
             too_large.append(size)
             continue
@@ -163,14 +161,13 @@ def choose_index(
             f"index: none over {count} items of width {vectors.shape[1]} fits into {auto.max_bytes} bytes; the "
             f"smallest of those tried takes {min(too_large)}"
         )
-    measured, index = best
-    apply_search_parameters(index, measured.spec)
-    backend = FaissBackend(index, vectors, measured.spec)
+    measured = best[0]
+    backend = best[1].tuned(measured.spec.search)
     measured = measured.model_copy(update={"single_us": _microseconds(backend, tune, auto.depth, 1)})
     table.append(measured)
     recall = _recall(backend, check, _Problem(vectors, check, auto).thresholds, min(auto.depth, count))
     report(f"chosen: {measured.spec}, {measured.batch_us:.0f} µs per query, recall@{auto.depth} {recall:.4f}")
-    return Choice(index=index, spec=measured.spec, recall=recall, table=tuple(table))
+    return Choice(index=backend, spec=measured.spec, recall=recall, table=tuple(table))
 
 
 def _sampled(vectors: NDArray[np.float32], count: int) -> NDArray[np.float32]:
@@ -193,9 +190,11 @@ def _candidates(count: int, width: int) -> list[str]:
     """Factory strings for so many items."""
     lists = 2 ** round(math.log2(4 * math.sqrt(count)))
     lists = max(1, min(lists, count // _PER_CLUSTER))
+    # Scoring by codes costs so little that half as many lists are faster; without a compiler Faiss's lists are.
+    inverted = f"IVF{max(1, lists // 2)},Int8" if library() is not None else f"IVF{lists},Flat"
     # Two dimensions to a 4-bit code are what keeps recall high before refinement.
     codes = next(codes for codes in range(max(1, width // 2), 0, -1) if width % codes == 0)
-    return ["Flat", f"IVF{lists},Flat", f"IVF{lists},PQ{codes}x4fsr,Refine(SQfp16)", "HNSW32"]
+    return ["Flat", inverted, f"IVF{lists},PQ{codes}x4fsr,Refine(SQfp16)", "HNSW32"]
 
 
 def _promising(
@@ -218,7 +217,7 @@ def _promising(
             curve, index = _curve(problem, factory, report)
             table += curve
             times.append(min((one.batch_us for one in curve if one.reaches), default=math.inf))
-            size = _size(index)
+            size = index.size
         share = size / len(sample)
         if not math.isfinite(times[1]) or (auto.max_bytes is not None and share * count > auto.max_bytes):
             continue
@@ -228,11 +227,11 @@ def _promising(
     return names if "Flat" in names else [*names, "Flat"]
 
 
-def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measured], faiss.Index]:
+def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measured], Index]:
     """Build an index and raise its search parameters until it reaches the recall, or there is no more to raise."""
     begun = time.perf_counter()
     index = build_index(problem.vectors, IndexSpec(factory=factory))
-    seconds, size = time.perf_counter() - begun, _size(index)
+    seconds, size = time.perf_counter() - begun, index.size
     curve: list[Measured] = []
     fixed: object = None
     skip = False
@@ -241,16 +240,14 @@ def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measur
             fixed, skip = group, False
         if skip:
             continue
-        spec = IndexSpec(factory=factory, search=search)
-        apply_search_parameters(index, spec)
-        backend = FaissBackend(index, problem.vectors, spec)
+        backend = index.tuned(search)
         recall = _recall(backend, problem.queries, problem.thresholds, problem.depth)
         if recall < min(_WORTH_A_ROW, problem.auto.recall):
             continue
         reaches = recall >= problem.auto.recall
         curve.append(
             Measured(
-                spec=spec,
+                spec=backend.spec,
                 items=len(problem.vectors),
                 recall=round(recall, 5),
                 batch_us=round(_microseconds(backend, problem.queries, problem.depth, _BATCH), 2),
@@ -284,7 +281,7 @@ def _settings(factory: str, depth: int, count: int) -> Iterator[tuple[dict[str, 
         yield {}, None
 
 
-def _recall(backend: FaissBackend, queries: NDArray[np.float32], thresholds: NDArray[np.float32], depth: int) -> float:
+def _recall(backend: Index, queries: NDArray[np.float32], thresholds: NDArray[np.float32], depth: int) -> float:
     """Mean share of K answers that score no worse than the true K-th best, by the items' own embeddings."""
     hits = 0
     for start in range(0, len(queries), _BATCH):
@@ -296,7 +293,7 @@ def _recall(backend: FaissBackend, queries: NDArray[np.float32], thresholds: NDA
     return hits / (len(queries) * depth)
 
 
-def _microseconds(backend: FaissBackend, queries: NDArray[np.float32], depth: int, batch: int) -> float:
+def _microseconds(backend: Index, queries: NDArray[np.float32], depth: int, batch: int) -> float:
     """Per query, in batches."""
     queries = queries[: max(batch, min(len(queries), 4 * batch)) // batch * batch]
     times = []
@@ -306,20 +303,3 @@ def _microseconds(backend: FaissBackend, queries: NDArray[np.float32], depth: in
             backend.search(queries[start : start + batch], depth)
         times.append(time.perf_counter() - begun)
     return min(times) / len(queries) * 1e6
-
-
-def _size(index: faiss.Index) -> int:
-    """Bytes that the index is written in."""
-    writer = _Counter()
-    faiss.write_index(index, _FAISS.PyCallbackIOWriter(writer))
-    return writer.bytes
-
-
-class _Counter:
-    """Counts what is written to it."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def __call__(self, block: bytes) -> None:
-        self.bytes += len(block)

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.config import Config
 from retrieval.evaluation.ann import ann_recall
 from retrieval.files import write_atomically
-from retrieval.index.backend import FaissBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.choice import AutoIndex, Measured, choose_index
 from retrieval.index.searcher import Searcher
@@ -66,7 +65,7 @@ class BuiltIndex:
         table: what was measured to choose it; empty where nothing was.
     """
 
-    index: faiss.Index
+    index: Index
     spec: IndexSpec
     why: str
     chosen: Chosen | None = None
@@ -126,9 +125,9 @@ def _kept(
     if abs(change) > _CHANGED_ENOUGH:
         return None, f"chosen tonight: {change:+.0%} items since the last choice"
     index = build_index(vectors, before.spec)
-    if auto.max_bytes is not None and faiss.serialize_index(index).nbytes > auto.max_bytes:
+    if auto.max_bytes is not None and index.size > auto.max_bytes:
         return None, f"chosen tonight: {before.spec} does not fit into {auto.max_bytes} bytes any more"
-    searcher = Searcher(FaissBackend(index, vectors, before.spec), np.arange(len(vectors)))
+    searcher = Searcher(index, np.arange(len(vectors)))
     recall = ann_recall(searcher, vectors, users, auto.depth)
     if recall < auto.recall - _SHORT_BY:
         return None, f"chosen tonight: {before.spec} reaches recall@{auto.depth} {recall:.4f} only"

@@ -119,7 +119,7 @@ def build_candidate(
     served = served_rows(counted)
     answers = vectors if served.all() else vectors[served]
     built = built_index(answers, users, spec, run_dir, on_choice, before=before)
-    searcher = searcher_of(built.index, vectors, built.spec, counted)
+    searcher = searcher_of(built.index, vectors, counted)
     return Candidate(
         encoder=encoder,
         info=info,
@@ -172,7 +172,6 @@ def publish_candidate(
             info=candidate.info,
             vocabulary=candidate.vocabulary,
             index=candidate.built.index,
-            spec=candidate.built.spec,
             ann_recall=candidate.ann_recall,
             report=report,
             parent=parent,

@@ -72,7 +72,9 @@ SERVICE: str = _DESCRIPTOR.full_name
 
 # Any call may be repeated: the server recognises recorded events. All five attempts fit in the default deadline, so
 # that a server without a snapshot is reported as that and not as a deadline that passed.
-_RETRIES = {
+_SERVICE_CONFIG = {
+    # A name with several addresses is that of replicas, all of which are to be asked.
+    "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
             "name": [{"service": SERVICE}],
@@ -84,9 +86,9 @@ _RETRIES = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
 }
-SERVICE_CONFIG = json.dumps(_RETRIES)
+SERVICE_CONFIG = json.dumps(_SERVICE_CONFIG)
 _POLL_SECONDS = 0.1
 
 
@@ -136,7 +138,8 @@ class RetrievalClient(Connection):
     - `ServerFaultError`: anything else
 
     Args:
-        address: HOST:PORT of the server.
+        address: HOST:PORT of the server, or what else gRPC takes for a name, for instance dns:///HOST:PORT; calls go to
+            all addresses of the name in turn.
         timeout: seconds that a call may take unless it says otherwise.
         credentials: `grpc.ssl_channel_credentials(root, key, certificate)` for a server with TLS; None is in the clear.
         token: bearer token, for a server that asks for one.

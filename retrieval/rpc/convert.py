@@ -28,13 +28,13 @@ __all__ = [
     "batch_from",
     "batch_request_from",
     "batch_request_to",
-    "batch_to",
     "embed_request_from",
     "embed_request_to",
     "embedded_from",
     "embedded_to",
     "id_from",
     "id_to",
+    "result_to",
     "retrieve_request_from",
     "retrieve_request_to",
     "retrieved_from",
@@ -325,15 +325,11 @@ def retrieved_from(message: pb.RetrieveResponse) -> Retrieved:
     )
 
 
-def batch_to(outcomes: Sequence[Retrieved | Exception], *, string_ids: bool) -> pb.BatchRetrieveResponse:
-    """Outcomes as a message; `string_ids` keeps the kind of an answer without items."""
-    results = []
-    for outcome in outcomes:
-        if isinstance(outcome, Retrieved):
-            results.append(pb.RetrieveResult(response=retrieved_to(outcome, string_ids=string_ids)))
-        else:
-            results.append(pb.RetrieveResult(error=error_to(outcome)))
-    return pb.BatchRetrieveResponse(results=results)
+def result_to(outcome: Retrieved | Exception, *, string_ids: bool) -> pb.RetrieveResult:
+    """What became of one request among several, as a message; `string_ids` as of `retrieved_to`."""
+    if isinstance(outcome, Retrieved):
+        return pb.RetrieveResult(response=retrieved_to(outcome, string_ids=string_ids))
+    return pb.RetrieveResult(error=error_to(outcome))
 
 
 def batch_from(message: pb.BatchRetrieveResponse) -> list[Retrieved | RetrievalError]:
@@ -387,6 +383,8 @@ def state_to(state: ServingState) -> pb.GetServingStateResponse:
         context=state.context,
         auxiliary=state.auxiliary,
         query_actions=state.query_actions,
+        max_k=state.max_k,
+        max_batch=state.max_batch,
     )
 
 
@@ -407,4 +405,6 @@ def state_from(message: pb.GetServingStateResponse) -> ServingState:
         context=tuple(message.context),
         auxiliary=tuple(message.auxiliary),
         query_actions=message.query_actions,
+        max_k=message.max_k,
+        max_batch=message.max_batch,
     )

@@ -253,6 +253,8 @@ class ServingState:
         context: names of the attributes that are read.
         auxiliary: names of the series that are read.
         query_actions: whether requests may name an action.
+        max_k: highest k of a request.
+        max_batch: most requests of one BatchRetrieve.
         index: the index, for people.
         ann_recall: recall@100 of the index against exact search, measured at publishing.
         stored_users: whether the server holds histories.
@@ -272,3 +274,5 @@ class ServingState:
     context: tuple[str, ...] = ()
     auxiliary: tuple[str, ...] = ()
     query_actions: bool = False
+    max_k: int = 0
+    max_batch: int = 0

@@ -27,9 +27,9 @@ from retrieval.rpc.admin import ADMIN_DESCRIPTOR, Admin
 from retrieval.rpc.batcher import Batcher
 from retrieval.rpc.convert import (
     batch_request_from,
-    batch_to,
     embed_request_from,
     embedded_to,
+    result_to,
     retrieve_request_from,
     retrieved_to,
     state_to,
@@ -241,12 +241,20 @@ class Server:
         loop, deadline = asyncio.get_running_loop(), _deadline(context)
         with self._batcher.slot(client, len(message.requests)):
             serving = self._reloader.live
-            prepare = partial(self._service.prepare_batch, serving, batch_request_from(message), came)
+
+            def prepare() -> list[Prepared | RetrievalError]:
+                return self._service.prepare_batch(serving, batch_request_from(message), came)
+
             prepared = await loop.run_in_executor(self._lookups, prepare)
             self._metrics.took("decode", time.perf_counter() - came)
             outcomes = await asyncio.gather(*(self._outcome(one, deadline, client) for one in prepared))
         with self._metrics.stage("answer"):
-            return batch_to(outcomes, string_ids=serving.string_ids).SerializeToString()
+            results = []
+            for outcome in outcomes:
+                results.append(result_to(outcome, string_ids=serving.string_ids))
+                # Many long answers would hold up every other call.
+                await asyncio.sleep(0)
+            return pb.BatchRetrieveResponse(results=results).SerializeToString()
 
     async def _outcome(
         self, prepared: Prepared | RetrievalError, deadline: float | None, client: str

@@ -83,7 +83,8 @@ class RetrievalService:
 
     def state(self, serving: ServingSnapshot) -> ServingState:
         """What is served."""
-        return serving.state(stored_users=self._histories is not None)
+        limits, stored_users = self._limits, self._histories is not None
+        return serving.state(stored_users=stored_users, max_k=limits.max_k, max_batch=limits.max_batch)
 
     def prepare(
         self, serving: ServingSnapshot, request: RetrieveRequest | EmbedRequest, came: float | None = None

@@ -127,7 +127,7 @@ class ServingSnapshot:
             return []
         return [str(title) if title is not None else "" for title in titles.take(pa.array(rows)).to_pylist()]
 
-    def state(self, *, stored_users: bool) -> ServingState:
+    def state(self, *, stored_users: bool, max_k: int, max_batch: int) -> ServingState:
         """What is served, for `GetServingState`."""
         manifest = self.snapshot.manifest
         return ServingState(
@@ -145,4 +145,6 @@ class ServingSnapshot:
             context=tuple(kind.name for kind in self.kinds if kind.context),
             auxiliary=tuple(kind.name for kind in self.kinds if not kind.context),
             query_actions=self.snapshot.encoder.config.query_actions,
+            max_k=max_k,
+            max_batch=max_batch,
         )

@@ -15,7 +15,6 @@ from retrieval.files import sha256_of
 from retrieval.index.spec import IndexSpec
 
 __all__ = [
-    "FILES",
     "MANIFEST",
     "SNAPSHOT_FORMAT",
     "FileEntry",
@@ -23,6 +22,7 @@ __all__ = [
     "Interval",
     "Manifest",
     "check_sizes",
+    "files_of",
     "is_version",
     "parse_manifest",
     "read_manifest",
@@ -34,8 +34,6 @@ __all__ = [
 SNAPSHOT_FORMAT = 3
 _READ = (2, SNAPSHOT_FORMAT)
 MANIFEST = "manifest.json"
-FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow")
-"""Every file of a snapshot beside its manifest."""
 
 _VERSION = re.compile(r"([0-9]{6,18})-([0-9a-f]{12})")
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -104,6 +102,11 @@ class Manifest(Config):
     tools: dict[str, str]
 
 
+def files_of(index: IndexSpec) -> tuple[str, ...]:
+    """Every file beside the manifest of a snapshot with this index."""
+    return tuple(sorted(("encoder.json", "encoder.safetensors", index.file, "report.json", "vocabulary.arrow")))
+
+
 def version_name(number: int, manifest: bytes) -> str:
     """A version's name: its number and, to bind it to its manifest, 12 hex digits of the manifest's SHA-256."""
     return f"{number:06d}-{_digest(manifest)}"
@@ -155,8 +158,9 @@ def parse_manifest(content: bytes, version: str, where: str) -> Manifest:
         manifest = Manifest.parse(values, where)
     except ConfigError as error:
         raise SnapshotError(str(error)) from None
-    if set(manifest.files) != set(FILES):
-        raise SnapshotError(f"{where}: files: must be {', '.join(FILES)}, not {', '.join(manifest.files) or 'none'}")
+    names = files_of(manifest.index)
+    if set(manifest.files) != set(names):
+        raise SnapshotError(f"{where}: files: must be {', '.join(names)}, not {', '.join(manifest.files) or 'none'}")
     return manifest
 
 

@@ -41,7 +41,6 @@ from retrieval.errors import (
 from retrieval.files import locked
 from retrieval.snapshot.local_storage import LocalStorage
 from retrieval.snapshot.manifest import (
-    FILES,
     MANIFEST,
     check_sizes,
     is_version,
@@ -150,7 +149,8 @@ class ObjectStorage:
             version = self._cache.add(fill)
             self._forget(version)
         # The manifest last: it makes the version.
-        for name in (*FILES, MANIFEST):
+        names = sorted(path.name for path in self._cache.folder(version).iterdir() if path.name != MANIFEST)
+        for name in (*names, MANIFEST):
             with self._explained(f"{version}/{name}"):
                 obstore.put(self._store, f"{version}/{name}", self._cache.folder(version) / name)
         return version

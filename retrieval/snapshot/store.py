@@ -24,29 +24,28 @@ from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import InputError, SnapshotCorruptError, SnapshotError
 from retrieval.files import locked, sha256_of
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import FaissBackend, IndexBackend
-from retrieval.index.builder import read_index, write_index
+from retrieval.index.backend import Index, IndexBackend
+from retrieval.index.builder import open_index, score_error
 from retrieval.index.partial import PartialBackend
 from retrieval.index.searcher import Searcher
-from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import (
-    FILES,
     MANIFEST,
     SNAPSHOT_FORMAT,
     FileEntry,
     GateVerdict,
     Interval,
     Manifest,
+    files_of,
     read_manifest,
     verify_files,
 )
 
 __all__ = ["Snapshot", "open_snapshot", "searcher_of", "served_rows", "write_snapshot"]
 
-_VOCABULARY, _INDEX, _REPORT = "vocabulary.arrow", "index.faiss", "report.json"
+_VOCABULARY, _REPORT = "vocabulary.arrow", "report.json"
 
-# How many items are looked up to see whether an index is one of these embeddings, and how deep.
-_PROBES, _PROBE_DEPTH = 64, 10
+# How far off an index's scores may be, as a share: a lossy one stays far below; one of other embeddings is off by all.
+_MOST_OFF = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +80,7 @@ def write_snapshot(
     encoder: UserEncoder,
     info: CheckpointInfo,
     vocabulary: Vocabulary,
-    index: faiss.Index,
-    spec: IndexSpec,
+    index: Index,
     ann_recall: float,
     report: Mapping[str, Any],
     parent: str | None = None,
@@ -96,12 +94,17 @@ def write_snapshot(
     Raises:
         SnapshotCorruptError: encoder, vocabulary and index do not belong together.
     """
-    _check_together(folder, vocabulary, info, index, item_vectors(encoder))
+    _check_together(folder, vocabulary, info, index.count)
+    off = score_error(index, _answers(item_vectors(encoder), vocabulary))
+    if index.width != info.encoder.vector_width or not off < _MOST_OFF:
+        raise SnapshotCorruptError(
+            f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
+        )
     save_checkpoint(folder, encoder, info)
     vocabulary.save(folder / _VOCABULARY)
-    write_index(index, folder / _INDEX)
+    index.save(folder / index.spec.file)
     (folder / _REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    paths = [folder / name for name in FILES]
+    paths = [folder / name for name in files_of(index.spec)]
     files = {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
     manifest = Manifest(
         format=SNAPSHOT_FORMAT,
@@ -115,7 +118,7 @@ def write_snapshot(
         expired=len(vocabulary) - int(served_rows(vocabulary).sum()),
         vocabulary=vocabulary.fingerprint,
         width=info.encoder.vector_width,
-        index=spec,
+        index=index.spec,
         ann_recall=ann_recall,
         gates=tuple(gates),
         tools={
@@ -145,18 +148,18 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         try:
             encoder, info = load_checkpoint(folder, device)
             vocabulary = Vocabulary.load(folder / _VOCABULARY)
-            index = read_index(folder / _INDEX, manifest.index)
+            served = served_rows(vocabulary)
+            _check_together(folder, vocabulary, info, int(served.sum()))
+            promised = (manifest.items, manifest.expired, manifest.width, manifest.model, manifest.vocabulary)
+            expired = len(vocabulary) - int(served.sum())
+            width = info.encoder.vector_width
+            if (len(vocabulary), expired, width, info.weights_sha256, vocabulary.fingerprint) != promised:
+                raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
+            vectors = item_vectors(encoder)
+            index = open_index(folder / manifest.index.file, manifest.index, _answers(vectors, vocabulary))
         except InputError as error:
             # Of whoever wrote it; here it is not the user's.
             raise SnapshotCorruptError(str(error)) from None
-    vectors = item_vectors(encoder)
-    _check_together(folder, vocabulary, info, index, vectors)
-    served = served_rows(vocabulary)
-    promised = (manifest.items, manifest.expired, manifest.width, manifest.model, manifest.vocabulary)
-    expired = len(vocabulary) - int(served.sum())
-    width = info.encoder.vector_width
-    if (len(vocabulary), expired, width, info.weights_sha256, vocabulary.fingerprint) != promised:
-        raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
     events, popularity = (vocabulary.attributes[name].to_numpy() for name in ("events", "popularity"))
     attributes = Attributes(vocabulary.attributes, len(vocabulary))
     order = np.lexsort((vocabulary.rank_by_id, -events, -popularity))
@@ -167,7 +170,7 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
         info=info,
         vocabulary=vocabulary,
         served=served,
-        searcher=searcher_of(index, vectors, manifest.index, vocabulary, attributes),
+        searcher=searcher_of(index, vectors, vocabulary, attributes),
         popular=order[served[order]],
     )
 
@@ -199,9 +202,8 @@ def served_rows(vocabulary: Vocabulary) -> NDArray[np.bool_]:
 
 
 def searcher_of(
-    index: faiss.Index,
+    index: IndexBackend,
     vectors: NDArray[np.float32],
-    spec: IndexSpec,
     vocabulary: Vocabulary,
     attributes: Attributes | None = None,
 ) -> Searcher:
@@ -210,45 +212,30 @@ def searcher_of(
     Args:
         index: over these, in the order of their rows.
         vectors: embeddings of all items, `[N, D]`.
-        spec: of the index.
         vocabulary: says which are served.
         attributes: of all items; None refuses filters.
     """
     served = served_rows(vocabulary)
-    backend: IndexBackend
-    if served.all():
-        backend = FaissBackend(index, vectors, spec)
-    else:
-        backend = PartialBackend(FaissBackend(index, vectors[served], spec), vectors, np.flatnonzero(served))
+    backend = index if served.all() else PartialBackend(index, vectors, np.flatnonzero(served))
     return Searcher(backend, vocabulary.rank_by_id, attributes=attributes, retired=np.flatnonzero(~served))
 
 
-def _check_together(
-    folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, index: faiss.Index, vectors: NDArray[np.float32]
-) -> None:
-    """Refuse parts of different snapshots, which sizes alone need not tell.
+def _answers(vectors: NDArray[np.float32], vocabulary: Vocabulary) -> NDArray[np.float32]:
+    """Embeddings of the items that are served."""
+    served = served_rows(vocabulary)
+    return vectors if served.all() else vectors[served]
 
-    An index knows the embeddings that it was built over: its scores of what it finds are then those of the encoder, up
-    to what its codec loses. Over the embeddings of another encoder they have nothing to do with each other.
+
+def _check_together(folder: Path, vocabulary: Vocabulary, info: CheckpointInfo, indexed: int) -> None:
+    """Refuse parts of different snapshots, as far as numbers of items tell.
 
     Raises:
         SnapshotCorruptError: the parts do not belong together.
     """
-    served = np.flatnonzero(served_rows(vocabulary))
-    retired = len(vocabulary) - len(served)
-    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": index.ntotal + retired}
-    if len(set(sizes.values())) > 1 or info.encoder.vector_width != index.d:
+    retired = len(vocabulary) - int(served_rows(vocabulary).sum())
+    sizes = {"items": len(vocabulary), "item table": info.encoder.num_items, "index": indexed + retired}
+    if len(set(sizes.values())) > 1:
         raise SnapshotCorruptError(f"{folder}: encoder, vocabulary and index do not belong together ({sizes})")
     for name in ("events", "popularity"):
         if name not in vocabulary.attributes:
             raise SnapshotCorruptError(f"{folder / _VOCABULARY}: has no column {name!r}")
-    if not len(served):
-        return
-    rows = served[np.unique(np.linspace(0, len(served) - 1, _PROBES).astype(np.int64))]
-    scores, found = index.search(vectors[rows], min(_PROBE_DEPTH, len(served)))
-    exact = np.einsum("qd,qkd->qk", vectors[rows], vectors[served[found]])
-    off = float(np.abs(scores - exact)[found >= 0].sum() / np.abs(exact)[found >= 0].sum())
-    if not off < 0.5:
-        raise SnapshotCorruptError(
-            f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
-        )

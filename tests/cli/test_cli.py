@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from retrieval.cli.main import main
 from retrieval.cli.serve import READY
+from retrieval.rpc.admin_client import AdminClient
 
 ROWS = "user_id,item_id,timestamp,action\n" + "".join(
     f"{user},{(user + step) % 12 + 100},{1_700_000_000 + 60 * step},{'like' if step % 4 else 'skip'}\n"
@@ -88,7 +90,13 @@ def test_snapshots_are_listed_shown_verified_and_rolled_back(work: Path, capsys:
 def test_a_server_answers_the_query_command_and_ends_well(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = str(work / "histories")
     assert main(["histories", "fill", str(work / "dataset"), store]) == 0
-    with served(work / "registry", "--histories", store) as (address, process):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        admin_port = str(free.getsockname()[1])
+    ports = ["--admin-port", admin_port, "--health-port", "0"]
+    with served(work / "registry", "--histories", store, *ports) as (address, process):
+        with AdminClient(f"127.0.0.1:{admin_port}") as admin:
+            assert admin.list_snapshots().serving_version
         where = ["--address", address]
         assert main(["query", "--user", "7", "-k", "3", "--exclude-seen", "--json", *where]) == 0
         answer = json.loads(capsys.readouterr().out)
@@ -124,10 +132,14 @@ def test_a_server_answers_the_query_command_and_ends_well(work: Path, capsys: py
         assert len(events) == 9
         assert events[-1] == {"item": 104, "timestamp": 1_700_009_000, "action": "like"}
 
-        assert main(["query", "--user", "7", "-k", "99", *where]) == 0
+        assert main(["query", "--user", "7", "-k", "99", "--exact", "--debug", *where]) == 0
         out, err = capsys.readouterr()
         assert "Title 103" in out
         assert "86 fewer than asked for" in err
+        assert "plan scan, eligible 13, batch_size 1, decode_ms " in err
+        assert main([*query, "--debug"]) == 0
+        debug = json.loads(capsys.readouterr().out)["debug"]
+        assert (debug["eligible"], debug["batch_size"]) == (13, 1)
 
         for arguments, sentence in (
             (["--user", "nobody"], "no history of user 'nobody'"),
@@ -185,6 +197,8 @@ def damaged_registry(work: Path, folder: Path) -> Path:
         ("snapshots rollback {work}/registry 000077-000000000000", 1, "has no version"),
         ("serve {work}/registry --histories {work}/dataset", 2, "is a dataset, not a store of histories"),
         ("serve {work}/registry --histories {work}/run", 2, "holds something else"),
+        ("serve {work}/registry --admin-tokens {work}/events.csv", 2, "no admin service without --admin-port"),
+        ("serve {work}/registry --admin-port 1 --admin-host 0.0.0.0 --insecure", 2, "change what is served"),
         ("histories fill {work}/nothing {tmp}/h", 2, "is not a dataset folder"),
         ("histories show {tmp}/h 7", 2, "has no history of user '7'"),
         ("histories record {work}/nothing", 2, "cannot be read"),

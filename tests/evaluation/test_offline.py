@@ -15,7 +15,6 @@ from retrieval.evaluation.ann import ann_recall
 from retrieval.evaluation.offline import evaluate
 from retrieval.evaluation.plot import plot_recall
 from retrieval.evaluation.ranking import query_batches, rank_by_scores
-from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
@@ -67,7 +66,7 @@ def oracle(batch: JaggedBatch) -> NDArray[np.float32]:
 def test_an_oracle_is_found_perfect_exactly_and_through_an_index(world: Dataset) -> None:
     split = split_dataset(world, SplitInfo(protocol="paper"))
     items = np.eye(100, dtype=np.float32)
-    searcher = Searcher(FaissBackend(build_index(items, IndexSpec()), items, IndexSpec()), np.arange(100))
+    searcher = Searcher(build_index(items, IndexSpec()), np.arange(100))
     report = evaluate(world, split, oracle, items, 50, searcher=searcher, ks=(1, 10))
     for ranker in ("HSTU", "HSTU through the index"):
         assert report.row(ranker).metrics["recall@1"].mean == 1
@@ -98,7 +97,7 @@ def test_through_an_exact_index_ranks_equal_exact_ranks(world: Dataset) -> None:
     torch.manual_seed(4)
     encoder = HSTUEncoder(HSTUConfig(num_items=100, max_length=50, width=32)).eval()
     vectors = item_vectors(encoder)
-    searcher = Searcher(FaissBackend(build_index(vectors, IndexSpec()), vectors, IndexSpec()), np.arange(100))
+    searcher = Searcher(build_index(vectors, IndexSpec()), np.arange(100))
     split = split_dataset(world, SplitInfo(protocol="paper"))
     report = evaluate(world, split, partial(embed_users, encoder), vectors, 50, searcher=searcher, ks=(10, 50))
     exact, indexed = report.row("HSTU").metrics, report.row("HSTU through the index").metrics
@@ -113,7 +112,7 @@ def test_recall_of_an_index_counts_what_it_misses() -> None:
     recalls = []
     for probes in (1, 4, 32):
         spec = IndexSpec(factory="IVF32,Flat", search={"nprobe": probes})
-        searcher = Searcher(FaissBackend(build_index(vectors, spec), vectors, spec), np.arange(2000))
+        searcher = Searcher(build_index(vectors, spec), np.arange(2000))
         recalls.append(ann_recall(searcher, vectors, vectors[:50], k=10))
     assert recalls[0] < recalls[1] < recalls[2] == 1.0
 

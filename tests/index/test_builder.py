@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
-from retrieval.index.builder import build_index, read_index, write_index
+from retrieval.index.builder import build_index, open_index
 from retrieval.index.spec import IndexSpec
 
 VECTORS = np.eye(8, dtype=np.float32)
@@ -31,16 +31,19 @@ def test_embeddings_that_are_not_finite_are_refused(value: float) -> None:
         build_index(broken, IndexSpec())
 
 
-def test_a_written_index_answers_as_before(tmp_path: Path) -> None:
-    spec = IndexSpec(factory="IVF2,Flat", search={"nprobe": 2})
+@pytest.mark.parametrize("factory", ["Flat", "IVF2,Int8", "IVF2,Flat"])
+def test_a_written_index_answers_as_before(tmp_path: Path, factory: str) -> None:
+    spec = IndexSpec(factory=factory, search={} if factory == "Flat" else {"nprobe": 2})
     index = build_index(VECTORS, spec)
-    write_index(index, tmp_path / "index.faiss")
-    again = read_index(tmp_path / "index.faiss", spec)
-    for mine, theirs in zip(index.search(VECTORS, 3), again.search(VECTORS, 3), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    index.save(tmp_path / spec.file)
+    again = open_index(tmp_path / spec.file, spec, VECTORS)
+    mine, theirs = index.search(VECTORS, 3), again.search(VECTORS, 3)
+    np.testing.assert_array_equal(mine.rows, theirs.rows)
+    np.testing.assert_array_equal(mine.scores, theirs.scores)
 
 
 def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "index.faiss").write_bytes(b"no index at all")
-    with pytest.raises(SnapshotCorruptError, match=r"index\.faiss: is not a readable Faiss index"):
-        read_index(tmp_path / "index.faiss", IndexSpec())
+    for spec in (IndexSpec(), IndexSpec(factory="IVF2,Int8")):
+        (tmp_path / spec.file).write_bytes(b"no index at all")
+        with pytest.raises(SnapshotCorruptError, match=rf"{spec.file}: is not a readable"):
+            open_index(tmp_path / spec.file, spec, VECTORS)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from retrieval.errors import FilterError, InputError
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import FaissBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.filter import Compare, Filter, In, Missing, filter_from
 from retrieval.index.planner import Costs
@@ -25,6 +25,7 @@ WIDTH = 8
 EXACT = IndexSpec()
 SPECS = [
     EXACT,
+    IndexSpec(factory="IVF4,Int8", search={"nprobe": 1}),
     IndexSpec(factory="IVF4,Flat", search={"nprobe": 1}),
     IndexSpec(factory="IVF4,SQ8", search={"nprobe": 1}),
     IndexSpec(factory="HNSW8", search={"efSearch": 8}),
@@ -43,8 +44,8 @@ def unit(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
     return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
 
 
-def backend_over(vectors: NDArray[np.float32], spec: IndexSpec) -> FaissBackend:
-    return FaissBackend(build_index(vectors, spec), vectors, spec)
+def backend_over(vectors: NDArray[np.float32], spec: IndexSpec) -> Index:
+    return build_index(vectors, spec)
 
 
 def attributes_of(group: NDArray[np.int64]) -> Attributes:

@@ -5,7 +5,6 @@ import pyarrow as pa
 import pytest
 
 from retrieval.index.attributes import Attributes
-from retrieval.index.backend import FaissBackend
 from retrieval.index.builder import build_index
 from retrieval.index.filter import filter_from
 from retrieval.index.partial import PartialBackend
@@ -36,9 +35,7 @@ def test_retired_rows_are_never_answers_and_all_others_are_found(plan: Plan, spe
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng, N), unit(rng, 5)
     served, group = rng.random(N) < 0.6, rng.integers(0, 2, N)
-    backend = PartialBackend(
-        FaissBackend(build_index(vectors[served], spec), vectors[served], spec), vectors, np.flatnonzero(served)
-    )
+    backend = PartialBackend(build_index(vectors[served], spec), vectors, np.flatnonzero(served))
     attributes = Attributes({"group": pa.array(group)}, N)
     retired = np.flatnonzero(~served)
     searcher = Searcher(backend, np.arange(N), attributes=attributes, retired=retired, costs=COSTS[plan])

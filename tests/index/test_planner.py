@@ -1,11 +1,12 @@
 """Which plan is taken when, by costs given by hand."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 
-from retrieval.index.backend import FaissBackend
+from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.planner import Costs, Planner, Step, depth_class
 from retrieval.index.spec import IndexSpec
@@ -17,9 +18,9 @@ COSTS = Costs(search=200, candidate=0.5, restricted=210, gather=0.8, score=0.1)
 
 
 @pytest.fixture(scope="module")
-def backend() -> FaissBackend:
+def backend() -> Index:
     vectors = np.random.default_rng(0).normal(size=(COUNT, 4)).astype(np.float32)
-    return FaissBackend(build_index(vectors, IndexSpec()), vectors, IndexSpec())
+    return build_index(vectors, IndexSpec())
 
 
 def test_depths_are_rounded_up_to_classes() -> None:
@@ -39,18 +40,18 @@ def test_depths_are_rounded_up_to_classes() -> None:
         (128, 0, Plan.SCAN),
     ],
 )
-def test_the_plan_follows_from_the_costs(backend: FaissBackend, need: int, survivors: int, plan: Plan) -> None:
+def test_the_plan_follows_from_the_costs(backend: Index, need: int, survivors: int, plan: Plan) -> None:
     assert Planner(backend, COSTS).first(need, survivors).plan is plan
 
 
-def test_effort_grows_with_the_root_of_the_depth_and_then_with_the_depth(backend: FaissBackend) -> None:
+def test_effort_grows_with_the_root_of_the_depth_and_then_with_the_depth(backend: Index) -> None:
     cheap = Costs(search=1e-9, candidate=0, restricted=math.inf, gather=1, score=1)
     planner = Planner(backend, cheap)
     efforts = [planner.first(need, COUNT).effort for need in (128, 512, 2048, 8192)]
     assert efforts == [1, 2, 4, 64]
 
 
-def test_a_search_that_fell_short_goes_four_times_deeper_and_then_scans(backend: FaissBackend) -> None:
+def test_a_search_that_fell_short_goes_four_times_deeper_and_then_scans(backend: Index) -> None:
     cheap = Costs(search=1e-9, candidate=0, restricted=math.inf, gather=1, score=1)
     planner = Planner(backend, cheap)
     step = planner.first(128, 8000)
@@ -65,8 +66,8 @@ def test_a_search_that_fell_short_goes_four_times_deeper_and_then_scans(backend:
     assert planner.after(planner.after(step, 128, 8000), 128, 8000).fetch == 8000
 
 
-def test_an_index_with_a_limit_is_not_asked_for_more(backend: FaissBackend) -> None:
-    limited = FaissBackend(backend._index, backend.vectors, backend.spec)
+def test_an_index_with_a_limit_is_not_asked_for_more(backend: Index) -> None:
+    limited = copy.copy(backend)
     limited.max_k = 2048
     cheap = Costs(search=1e-9, candidate=0, restricted=1e-9, gather=1, score=1)
     planner = Planner(limited, cheap)

@@ -1,6 +1,7 @@
 """The admin service over real sockets: what is live is listed, changed and rolled back, and by whom."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from retrieval.errors import (
     ConfigError,
+    InputError,
     InvalidRequestError,
     SnapshotConflictError,
     SnapshotCorruptError,
@@ -233,6 +235,17 @@ def test_the_admin_service_is_nowhere_else_and_nothing_else_is_there(prepared: t
 def check_none(server: Server) -> None:
     assert server.admin_address is None
     assert server.health_address is None
+
+
+def test_a_port_that_is_taken_is_named(prepared: tuple[Registry, list[str]]) -> None:
+    registry, _ = prepared
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for options in ({"admin": AdminConfig(port=port)}, {"health_port": port}):
+            with pytest.raises(InputError, match=f"127.0.0.1:{port}: cannot listen there"):
+                serve(config(registry, **options), lambda _: None)
 
 
 def test_callers_are_no_admins(prepared: tuple[Registry, list[str]], tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_a_call_counts_as_many_calls_as_it_has_requests(integer_world: World, ga
     config = ServerConfig(registry=integer_world.registry.location, port=0, capacity=5)
     one = RetrieveRequest(user=integer_world.history(9), k=3)
     with running_server(config) as address, RetrievalClient(address, timeout=20) as client:
+        assert (client.serving_state().max_batch, client.serving_state().max_k) == (5, 10_000)
         with pytest.raises(InvalidRequestError, match=r"^requests: has 6 requests; from 1 to 5 are taken$"):
             client.batch_retrieve([one] * 6)
         with ThreadPoolExecutor(2) as pool:

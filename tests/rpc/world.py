@@ -110,7 +110,6 @@ def publish(
             ),
             vocabulary=vocabulary,
             index=build_index(item_vectors(encoder), spec),
-            spec=spec,
             ann_recall=1.0,
             report={},
         )

@@ -23,7 +23,12 @@ CONFIG = HSTUConfig(num_items=ITEMS, max_length=6, width=8, qk_dim=8, v_dim=8)
 
 
 def writer(
-    seed: int = 0, *, index_of: int | None = None, parent: str | None = None, expired: Sequence[int] = ()
+    seed: int = 0,
+    *,
+    index_of: int | None = None,
+    parent: str | None = None,
+    expired: Sequence[int] = (),
+    spec: IndexSpec | None = None,
 ) -> Callable[[Path], bytes]:
     """What `Registry.publish` takes.
 
@@ -32,6 +37,7 @@ def writer(
         index_of: seed of the encoder over whose items the index is built; by default the same.
         parent: the version that it claims to follow.
         expired: rows that are no answers.
+        spec: of the index; exact if not given.
     """
     encoder = _encoder(seed)
     ids = pa.array([f"item-{number}" for number in range(ITEMS)])
@@ -47,8 +53,7 @@ def writer(
             encoder=encoder,
             info=CheckpointInfo(encoder=CONFIG, actions=("",), dataset="d", split={}, training={}),
             vocabulary=vocabulary,
-            index=build_index(vectors, IndexSpec()),
-            spec=IndexSpec(),
+            index=build_index(vectors, spec or IndexSpec()),
             ann_recall=1.0,
             report={"seed": seed},
             parent=parent,
@@ -59,9 +64,9 @@ def writer(
     return write
 
 
-def publish(registry: Registry, seed: int = 0, *, expired: Sequence[int] = ()) -> str:
+def publish(registry: Registry, seed: int = 0, *, expired: Sequence[int] = (), spec: IndexSpec | None = None) -> str:
     """Publish a snapshot of the seed."""
-    return registry.publish(writer(seed, expired=expired))
+    return registry.publish(writer(seed, expired=expired, spec=spec))
 
 
 def _encoder(seed: int) -> HSTUEncoder:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from retrieval.errors import SnapshotError
-from retrieval.snapshot.manifest import FILES, MANIFEST, version_name
+from retrieval.index.spec import IndexSpec
+from retrieval.snapshot.manifest import MANIFEST, files_of, version_name
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
 from tests.snapshot.make import publish
 
+FILES = files_of(IndexSpec())
 COUNT = int(os.environ.get("RETRIEVAL_CORRUPTIONS", "20"))
 
 

@@ -13,8 +13,9 @@ import pytest
 from retrieval.cli.main import main
 from retrieval.errors import RegistryBusyError, SnapshotConflictError, SnapshotCorruptError, SnapshotError
 from retrieval.files import sha256_of
+from retrieval.index.spec import IndexSpec
 from retrieval.snapshot import object_storage
-from retrieval.snapshot.manifest import FILES, MANIFEST
+from retrieval.snapshot.manifest import MANIFEST, files_of
 from retrieval.snapshot.object_storage import ObjectStorage, object_store
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.storage import LEASE
@@ -153,7 +154,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", files_of(IndexSpec()))
 def test_a_damaged_object_is_not_copied(registry: Registry, storage: ObjectStorage, tmp_path: Path, name: str) -> None:
     version = registry.current()
     key = f"{version}/{name}"

@@ -14,6 +14,7 @@ import pytest
 from retrieval.encoder.inference import item_vectors
 from retrieval.errors import RetrievalError, SnapshotCorruptError, SnapshotError
 from retrieval.files import sha256_of
+from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import MANIFEST, version_name
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import open_snapshot
@@ -64,6 +65,15 @@ def test_an_index_of_another_night_is_refused_even_where_the_checksums_were_made
     files["index.faiss"]["sha256"] = sha256_of(second / "index.faiss")
     with pytest.raises(SnapshotCorruptError, match="encoder and index do not belong together"):
         open_snapshot(rewrite_manifest(second, files=files))
+
+
+def test_an_index_of_lists_has_a_file_of_its_own(registry: Registry) -> None:
+    version = publish(registry, expired=[2], spec=IndexSpec(factory="IVF3,Int8", search={"nprobe": 3}))
+    assert "index.safetensors" in registry.manifest(version).files
+    snapshot = open_snapshot(registry.folder(version))
+    vectors = item_vectors(snapshot.encoder)
+    found = snapshot.searcher.search(vectors, [1] * ITEMS).rows[:, 0].tolist()
+    assert [row for row in range(ITEMS) if found[row] != row] == [2]
 
 
 FILES = ("encoder.json", "encoder.safetensors", "index.faiss", "report.json", "vocabulary.arrow", MANIFEST)

@@ -1,6 +1,7 @@
-"""Writes a golden registry of the current format: `python -m tests.snapshot.golden.write`.
+"""Writes golden registries of the current format: `python -m tests.snapshot.golden.write`.
 
-Run it once for each number of the format. What was written before stays as it is: so do the snapshots of users.
+Run it once for each number of the format and kind of index file. What was written before stays as it is: so do the
+snapshots of users.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from retrieval.encoder.inference import item_vectors
+from retrieval.index.spec import IndexSpec
 from retrieval.snapshot.manifest import SNAPSHOT_FORMAT
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
@@ -28,14 +30,17 @@ def answers(snapshot: Snapshot) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Write the registry and, beside it, what its snapshot answers."""
-    registry = Registry(Path(__file__).parent / f"format-{SNAPSHOT_FORMAT}")
-    assert not registry.versions(), "golden files are not written again"
-    version = publish(registry, expired=[3, 7])
-    for name in ("LEASE", "CURRENT.lock"):
-        (Path(registry.location) / name).unlink()
-    text = json.dumps(answers(open_snapshot(registry.folder(version))), indent=1)
-    (Path(registry.location) / "answers.json").write_text(text + "\n", encoding="utf-8")
+    """Write the registries that are missing and, beside each, what its snapshot answers."""
+    lists = IndexSpec(factory="IVF3,Int8", search={"nprobe": 2})
+    for name, spec in {f"format-{SNAPSHOT_FORMAT}": IndexSpec(), f"format-{SNAPSHOT_FORMAT}-lists": lists}.items():
+        registry = Registry(Path(__file__).parent / name)
+        if registry.versions():
+            continue
+        version = publish(registry, expired=[3, 7], spec=spec)
+        for lock in ("LEASE", "CURRENT.lock"):
+            (Path(registry.location) / lock).unlink()
+        text = json.dumps(answers(open_snapshot(registry.folder(version))), indent=1)
+        (Path(registry.location) / "answers.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

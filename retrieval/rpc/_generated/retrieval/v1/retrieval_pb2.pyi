@@ -370,7 +370,7 @@ class GetServingStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServingStateResponse(_message.Message):
-    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users", "context", "auxiliary", "query_actions")
+    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users", "context", "auxiliary", "query_actions", "max_k", "max_batch")
     SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +385,8 @@ class GetServingStateResponse(_message.Message):
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     AUXILIARY_FIELD_NUMBER: _ClassVar[int]
     QUERY_ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     snapshot_version: str
     created: str
     dataset: str
@@ -399,4 +401,6 @@ class GetServingStateResponse(_message.Message):
     context: _containers.RepeatedScalarFieldContainer[str]
     auxiliary: _containers.RepeatedScalarFieldContainer[str]
     query_actions: bool
-    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ..., context: _Optional[_Iterable[str]] = ..., auxiliary: _Optional[_Iterable[str]] = ..., query_actions: _Optional[bool] = ...) -> None: ...
+    max_k: int
+    max_batch: int
+    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ..., context: _Optional[_Iterable[str]] = ..., auxiliary: _Optional[_Iterable[str]] = ..., query_actions: _Optional[bool] = ..., max_k: _Optional[int] = ..., max_batch: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,160 @@
+"""Exact answers at the price of 8-bit arithmetic.
+
+Each item x is held as x̂ = s·c, c whole numbers from −127 to 127, and a query q likewise as q̂. Then
+
+    |q·x − q̂·x̂| ≤ |q| |x − x̂| + |q − q̂| |x̂|,
+
+so scores by codes tell which items can be among the K best: those no further than twice that margin below the K-th.
+These, a few hundred, are scored by their float32 vectors. Nothing is lost by the codes: the answers are those of
+scoring all the items by their vectors, equal ones by row.
+
+A quarter of the bytes are read, and one instruction of a recent processor multiplies four codes where it multiplies one
+float. The selection costs little, as each query's threshold rises while its scores are made.
+
+Legend: B queries, N items, D width, C lists, K answers per query.
+"""
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.native import compiled
+from retrieval.types import SearchResult
+
+__all__ = ["Codes", "library"]
+
+_LANES: Final = 16
+"""Items of a block."""
+_PIECE: Final = 512
+"""Items that queries score together where there are no lists: their codes stay in the processor's nearest cache."""
+_WORTH_A_THREAD: Final = 4_000_000
+"""Products of codes; below, starting a thread takes longer."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled search; None where it cannot be had or is not wanted."""
+    sources = (Path(__file__).parent / "codes_native.cpp",)
+    return compiled("codes", sources, "indexes score items by their vectors, several times slower")
+
+
+class _Codes(ctypes.Structure):
+    """`struct Codes` of the C++ source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("width", "groups", "sections")),
+        *((name, ctypes.c_void_p) for name in ("starts", "counts", "codes", "scales", "rows", "vectors")),
+        *((name, ctypes.c_float) for name in ("error", "norm")),
+        ("lists", ctypes.c_int64),
+        ("centres", ctypes.c_void_p),
+    )
+
+
+class _Asked(ctypes.Structure):
+    """`struct Asked` of the C++ source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("queries", "k", "probes", "threads")),
+        *((name, ctypes.c_void_p) for name in ("vectors", "allowed", "scores", "rows")),
+    )
+
+
+class Codes:
+    """Codes of items, in one piece or in lists around centres.
+
+    Args:
+        native: the compiled library.
+        vectors: float32 `[N, D]`, contiguous, possibly memory-mapped; N below 2³¹. Read once to make
+            codes of it, then by rows.
+        centres: float32 `[C, D]`; None where every item is scored.
+        counts: items of each list, int64 `[C]`.
+        order: rows of the lists' items, list by list, int64 `[N]`.
+    """
+
+    def __init__(
+        self,
+        native: ctypes.CDLL,
+        vectors: NDArray[np.float32],
+        centres: NDArray[np.float32] | None = None,
+        counts: NDArray[np.int64] | None = None,
+        order: NDArray[np.int64] | None = None,
+    ) -> None:
+        count, width = vectors.shape
+        assert vectors.dtype == np.float32
+        assert vectors.flags.c_contiguous
+        assert count < 2**31
+        groups = math.ceil(width / 4)
+        if counts is None:
+            counts = np.full(math.ceil(count / _PIECE), _PIECE, np.int64)
+            counts[-1:] = count - _PIECE * (len(counts) - 1)
+        starts = np.concatenate([[0], np.cumsum(-(-counts // _LANES))]).astype(np.int64)
+        places = int(starts[-1]) * _LANES
+        codes = np.full(places * groups * 4, 128, np.uint8)
+        scales = np.zeros(places, np.float32)
+        rows = None if order is None else np.full(places, -1, np.int32)
+        padded = None
+        if centres is not None:
+            padded = np.zeros((width, math.ceil(len(centres) / _LANES) * _LANES), np.float32)
+            padded[:, : len(centres)] = centres.T
+        self._native, self._width = native, width
+        # What the structure points at must live as long as it.
+        self._held = (starts, counts, codes, scales, rows, vectors, padded)
+        self._problem = _Codes(
+            width=width,
+            groups=groups,
+            sections=len(counts),
+            starts=_address(starts),
+            counts=_address(counts),
+            codes=_address(codes),
+            scales=_address(scales),
+            rows=_address(rows),
+            vectors=_address(vectors),
+            lists=0 if padded is None else padded.shape[1],
+            centres=_address(padded),
+        )
+        native.codes_encode(
+            ctypes.byref(self._problem), *map(ctypes.c_void_p, map(_address, (order, codes, scales, rows)))
+        )
+        self.bytes = sum(part.nbytes for part in (starts, counts, codes, scales, rows, padded) if part is not None)
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, probes: int = 1, allowed: NDArray[np.uint8] | None = None
+    ) -> SearchResult:
+        """The best of all items, or of those in the lists of the nearest centres; equal scores by row.
+
+        Args:
+            queries: float32 `[B, D]`; one that is not finite finds nothing.
+            k: answers per query.
+            probes: lists per query.
+            allowed: packed bitmap of the rows to look at, uint8 `[ceil(N / 8)]`; None for all.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        assert queries.shape[1] == self._width
+        allowed = None if allowed is None else np.ascontiguousarray(allowed, np.uint8)
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        sections = self._problem.sections
+        share = min(probes, sections) / max(sections, 1) if self._problem.lists else 1.0
+        products = len(queries) * self._held[3].size * share * self._width
+        threads = max(1, min(faiss.omp_get_max_threads(), int(products / _WORTH_A_THREAD)))
+        asked = _Asked(
+            queries=len(queries),
+            k=k,
+            probes=max(1, min(probes, sections)),
+            threads=threads,
+            vectors=_address(queries),
+            allowed=_address(allowed),
+            scores=_address(scores),
+            rows=_address(rows),
+        )
+        self._native.codes_search(ctypes.byref(self._problem), ctypes.byref(asked))
+        return SearchResult(rows=rows, scores=scores)
+
+
+def _address(array: NDArray | None) -> int | None:
+    return None if array is None else array.ctypes.data

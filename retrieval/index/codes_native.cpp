@@ -1,0 +1,434 @@
+// Inner products by 8-bit codes, and the K best of them by the vectors themselves. See codes.py for what is promised.
+//
+// Legend: B queries, N items, D width, G groups of 4 dimensions, K answers per query.
+//
+// Items lie in blocks of 16. A block's codes are [G][16][4] unsigned bytes (value + 128), so that one instruction
+// multiplies 4 dimensions of 16 items. Every score by codes is within a known margin of the true one; what could be
+// among the K best by that margin is kept, a few hundred items, and scored by its float32 vector.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "native_threads.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__) && defined(__AVX512VL__) && !defined(RETRIEVAL_PORTABLE)
+#include <immintrin.h>
+#define WIDE 1
+#else
+#define WIDE 0
+#endif
+
+struct Codes {
+  int64_t width, groups;      // D, G
+  int64_t sections;           // lists, or pieces of one
+  const int64_t* starts;      // first block of each section, [sections + 1]
+  const int64_t* counts;      // items of each section, [sections]
+  const uint8_t* codes;       // [blocks][G][16][4]
+  const float* scales;        // of each place, [blocks * 16]; 0 where there is no item
+  const int32_t* rows;        // of each place, [blocks * 16]; null where places are rows
+  const float* vectors;       // [N, D]
+  float error, norm;          // largest |x − x̂| and |x̂|
+  int64_t lists;              // of `centres`; 0 where every section is searched
+  const float* centres;       // [D][lists], lists a multiple of 16
+};
+
+struct Asked {
+  int64_t queries, k, probes, threads;
+  const float* vectors;       // [B, D]
+  const uint8_t* allowed;     // packed rows, or null
+  float* scores;              // [B, K]
+  int64_t* rows;              // [B, K]
+};
+
+namespace {
+
+constexpr int64_t LANES = 16, GROUP_QUERIES = 64, BUFFER = 1024, LARGEST_BUFFER = 1 << 15;
+
+float dot(const float* a, const float* b, int64_t width) {
+  float parts[LANES] = {};
+  int64_t d = 0;
+  for (; d + LANES <= width; d += LANES)
+    for (int64_t i = 0; i < LANES; ++i) parts[i] += a[d + i] * b[d + i];
+  for (int64_t i = 0; d + i < width; ++i) parts[i] += a[d + i] * b[d + i];
+  for (int64_t half = LANES / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+// Floats as integers of the same order.
+int32_t ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+float unordered(int32_t bits) {
+  bits = bits < 0 ? bits ^ 0x7fffffff : bits;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+int64_t count_from(const float* scores, int64_t count, float least) {
+  int64_t found = 0, i = 0;
+#if WIDE
+  const __m512 limit = _mm512_set1_ps(least);
+  for (; i + LANES <= count; i += LANES)
+    found += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(scores + i), limit, _CMP_GE_OQ));
+#endif
+  for (; i < count; ++i) found += scores[i] >= least;
+  return found;
+}
+
+// A score that at least k of them reach, by halving; `exactly`: the greatest such, else hardly less.
+float kth(const float* scores, int64_t count, int64_t k, bool exactly) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  int64_t low = ordered(-infinity), high = ordered(infinity);
+  while (high - low > 1) {
+    int64_t middle = low + (high - low) / 2;
+    int64_t reached = count_from(scores, count, unordered(int32_t(middle)));
+    if (reached >= k) low = middle; else high = middle;
+    if (!exactly && reached >= k && reached <= k + k / 16) break;
+  }
+  return unordered(int32_t(low));
+}
+
+struct Found {
+  float score;
+  int64_t row;
+  bool operator<(const Found& other) const { return score != other.score ? score > other.score : row < other.row; }
+};
+
+// One query: its codes, and what may be among its best.
+struct Query {
+  const Codes* codes;
+  const float* vector;
+  int64_t k;
+  std::vector<int8_t> bytes;
+  int32_t offset;             // 128 · Σ bytes, which the unsigned codes add
+  float scale, margin;        // margin: how far a score by codes may be off
+  float least;                // what a score must reach, and the same in units of `scale`
+  float least_scaled;
+  int64_t count = 0;
+  std::vector<float> scores;
+  std::vector<int32_t> rows;
+
+  Query(const Codes& over, const float* asked, int64_t k_) : codes(&over), vector(asked), k(k_) {
+    float largest = 0, squares = 0, off = 0;
+    for (int64_t d = 0; d < over.width; ++d) largest = std::max(largest, std::fabs(asked[d]));
+    scale = largest > 0 ? largest / 127 : 1;
+    bytes.assign(over.groups * 4, 0);
+    offset = 0;
+    for (int64_t d = 0; d < over.width; ++d) {
+      bytes[d] = std::isfinite(asked[d]) ? int8_t(std::nearbyint(asked[d] / scale)) : 0;
+      offset += 128 * bytes[d];
+      float error = asked[d] - bytes[d] * scale;
+      squares += asked[d] * asked[d];
+      off += error * error;
+    }
+    // |q·x − q̂·x̂| ≤ |q| |x − x̂| + |q − q̂| |x̂|, and what float32 sums lose.
+    float length = std::sqrt(squares);
+    margin = length * over.error + std::sqrt(off) * over.norm;
+    margin += float(over.width + 16) * 0x1p-22f * length * over.norm;
+    // One that is not finite finds nothing.
+    require(std::isfinite(length) ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity());
+    scores.resize(BUFFER + 8 * LANES);
+    rows.resize(scores.size());
+  }
+
+  void require(float score) { least = score, least_scaled = score / scale; }
+
+  int64_t room() const { return int64_t(scores.size()) - count; }
+
+  void keep_from(float score) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      scores[kept] = scores[i], rows[kept] = rows[i];
+      kept += scores[i] >= score;
+    }
+    count = kept;
+  }
+
+  // Fewer candidates, or room for more of them.
+  void compact() {
+    if (count > k) {
+      require(std::max(least, kth(scores.data(), count, k, false) - 2 * margin));
+      keep_from(least);
+    }
+    if (count <= int64_t(scores.size()) / 2) return;
+    if (int64_t(scores.size()) < std::max(LARGEST_BUFFER, 8 * k)) {
+      scores.resize(2 * scores.size());
+      rows.resize(scores.size());
+    } else {
+      // Too many are too much alike to be told apart by codes: keep the best by their vectors.
+      std::vector<Found> best = exactly();
+      count = int64_t(best.size());
+      for (int64_t i = 0; i < count; ++i) scores[i] = best[i].score, rows[i] = int32_t(best[i].row);
+    }
+  }
+
+  void make_room(int64_t items) {
+    while (room() < items) compact();
+  }
+
+  // The K best of the candidates by their vectors.
+  std::vector<Found> exactly() const {
+    std::vector<Found> best(count);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + 8 < count) {
+        const char* ahead = reinterpret_cast<const char*>(codes->vectors + int64_t(rows[i + 8]) * codes->width);
+        for (int64_t byte = 0; byte < codes->width * 4; byte += 64) __builtin_prefetch(ahead + byte);
+      }
+      best[i] = {dot(vector, codes->vectors + int64_t(rows[i]) * codes->width, codes->width), rows[i]};
+    }
+    if (count > k) {
+      std::nth_element(best.begin(), best.begin() + k, best.end());
+      best.resize(k);
+    }
+    std::sort(best.begin(), best.end());
+    return best;
+  }
+};
+
+bool is_allowed(const uint8_t* allowed, int64_t row) { return allowed[row >> 3] >> (row & 7) & 1; }
+
+#if WIDE
+
+inline void take(Query& query, __m512 scores, __mmask16 mask, int64_t block, const uint8_t* allowed) {
+  const Codes& codes = *query.codes;
+  __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int(block * LANES)),
+                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  if (codes.rows) {
+    places = _mm512_loadu_si512(codes.rows + block * LANES);
+    if (allowed) {
+      alignas(64) int32_t rows[LANES];
+      _mm512_store_si512(rows, places);
+      for (uint32_t left = mask; left; left &= left - 1) {
+        int lane = __builtin_ctz(left);
+        if (!is_allowed(allowed, rows[lane])) mask &= ~(1u << lane);
+      }
+    }
+  }
+  _mm512_mask_compressstoreu_ps(query.scores.data() + query.count, mask, _mm512_mul_ps(scores, _mm512_set1_ps(query.scale)));
+  _mm512_mask_compressstoreu_epi32(query.rows.data() + query.count, mask, places);
+  query.count += __builtin_popcount(mask);
+}
+
+// Which lanes of a block hold items that may be answered, as far as that can be told without their rows.
+inline __mmask16 lanes_of(const Codes& codes, int64_t block, int64_t items, const uint8_t* allowed) {
+  uint32_t mask = items >= LANES ? 0xffffu : (1u << items) - 1;
+  if (allowed && !codes.rows) {
+    uint16_t bits = allowed[block * 2];
+    if (items > 8) bits = uint16_t(bits | allowed[block * 2 + 1] << 8);
+    mask &= bits;
+  }
+  return __mmask16(mask);
+}
+
+template <int QUERIES, int BLOCKS>
+inline void tile(Query* const* queries, const Codes& codes, int64_t block, int64_t items, const uint8_t* allowed) {
+  __mmask16 lanes[BLOCKS];
+  uint32_t any = 0;
+  for (int b = 0; b < BLOCKS; ++b) any |= lanes[b] = lanes_of(codes, block + b, items - b * LANES, allowed);
+  if (!any) return;
+  __m512i sums[QUERIES][BLOCKS];
+  for (int q = 0; q < QUERIES; ++q)
+    for (int b = 0; b < BLOCKS; ++b) sums[q][b] = _mm512_set1_epi32(-queries[q]->offset);
+  const int64_t bytes = codes.groups * 64;
+  const uint8_t* at = codes.codes + block * bytes;
+  const int8_t* asked[QUERIES];
+  for (int q = 0; q < QUERIES; ++q) asked[q] = queries[q]->bytes.data();
+  for (int64_t g = 0; g < codes.groups; ++g) {
+    __m512i x[BLOCKS];
+    for (int b = 0; b < BLOCKS; ++b) x[b] = _mm512_loadu_si512(at + b * bytes + g * 64);
+    for (int q = 0; q < QUERIES; ++q) {
+      int32_t four;
+      std::memcpy(&four, asked[q] + 4 * g, 4);
+      __m512i y = _mm512_set1_epi32(four);
+      for (int b = 0; b < BLOCKS; ++b) sums[q][b] = _mm512_dpbusd_epi32(sums[q][b], x[b], y);
+    }
+  }
+  for (int b = 0; b < BLOCKS; ++b) {
+    __m512 scale = _mm512_loadu_ps(codes.scales + (block + b) * LANES);
+    for (int q = 0; q < QUERIES; ++q) {
+      __m512 scores = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][b]), scale);
+      __mmask16 mask = _mm512_mask_cmp_ps_mask(lanes[b], scores, _mm512_set1_ps(queries[q]->least_scaled), _CMP_GE_OQ);
+      if (mask) take(*queries[q], scores, mask, block + b, allowed);
+    }
+  }
+}
+
+#else
+
+template <int QUERIES, int BLOCKS>
+inline void tile(Query* const* queries, const Codes& codes, int64_t block, int64_t items, const uint8_t* allowed) {
+  for (int b = 0; b < BLOCKS; ++b, ++block, items -= LANES) {
+    const uint8_t* at = codes.codes + block * codes.groups * 64;
+    for (int q = 0; q < QUERIES; ++q) {
+      Query& query = *queries[q];
+      int32_t sums[LANES];
+      for (int64_t i = 0; i < LANES; ++i) sums[i] = -query.offset;
+      for (int64_t g = 0; g < codes.groups; ++g)
+        for (int64_t i = 0; i < LANES; ++i)
+          for (int64_t d = 0; d < 4; ++d) sums[i] += int32_t(at[g * 64 + i * 4 + d]) * query.bytes[4 * g + d];
+      for (int64_t i = 0; i < std::min(items, LANES); ++i) {
+        float score = float(sums[i]) * codes.scales[block * LANES + i];
+        if (!(score >= query.least_scaled)) continue;
+        int32_t row = codes.rows ? codes.rows[block * LANES + i] : int32_t(block * LANES + i);
+        if (allowed && !is_allowed(allowed, row)) continue;
+        query.scores[query.count] = score * query.scale;
+        query.rows[query.count++] = row;
+      }
+    }
+  }
+}
+
+#endif
+
+template <int QUERIES, int BLOCKS>
+void blocks_of(Query* const* queries, const Codes& codes, int64_t begin, int64_t items, const uint8_t* allowed) {
+  int64_t block = 0, blocks = (items + LANES - 1) / LANES;
+  for (; block + BLOCKS <= blocks; block += BLOCKS) {
+    for (int q = 0; q < QUERIES; ++q) queries[q]->make_room(BLOCKS * LANES);
+    tile<QUERIES, BLOCKS>(queries, codes, begin + block, items - block * LANES, allowed);
+  }
+  for (; block < blocks; ++block) {
+    for (int q = 0; q < QUERIES; ++q) queries[q]->make_room(LANES);
+    tile<QUERIES, 1>(queries, codes, begin + block, items - block * LANES, allowed);
+  }
+}
+
+// Scores one section's items for some queries.
+void section_of(const std::vector<Query*>& queries, const Codes& codes, int64_t section, const uint8_t* allowed) {
+  int64_t begin = codes.starts[section], items = codes.counts[section];
+  size_t q = 0;
+  for (; q + 4 <= queries.size(); q += 4) blocks_of<4, 4>(&queries[q], codes, begin, items, allowed);
+  for (; q < queries.size(); ++q) blocks_of<1, 8>(&queries[q], codes, begin, items, allowed);
+}
+
+// The sections that a query searches: those of the `probes` centres nearest to it.
+void nearest(const Codes& codes, const float* query, int64_t probes, std::vector<float>& scores, std::vector<int32_t>& found) {
+  scores.assign(codes.lists, 0);
+  for (int64_t d = 0; d < codes.width; ++d) {
+    const float* centres = codes.centres + d * codes.lists;
+    for (int64_t c = 0; c < codes.lists; ++c) scores[c] += query[d] * centres[c];
+  }
+  float least = kth(scores.data(), codes.sections, probes, true);
+  found.clear();
+  for (int64_t c = 0; c < codes.sections; ++c)
+    if (scores[c] >= least) found.push_back(int32_t(c));
+}
+
+// Candidates of some queries in every `parts`-th of the sections that they search, from the `part`-th on.
+void search(std::vector<Query>& queries, const Codes& codes, const Asked& asked, int64_t part, int64_t parts) {
+  std::vector<std::vector<Query*>> wanted;
+  std::vector<Query*> all;
+  for (Query& query : queries) all.push_back(&query);
+  if (codes.lists) {
+    wanted.resize(codes.sections);
+    std::vector<float> scores;
+    std::vector<int32_t> found;
+    for (Query& query : queries) {
+      nearest(codes, query.vector, asked.probes, scores, found);
+      for (int32_t section : found) wanted[section].push_back(&query);
+    }
+  }
+  for (int64_t section = part; section < codes.sections; section += parts) {
+    const std::vector<Query*>& here = codes.lists ? wanted[section] : all;
+    if (!here.empty()) section_of(here, codes, section, asked.allowed);
+  }
+}
+
+void answer(const Query& query, const Asked& asked, int64_t b) {
+  std::vector<Found> best = query.exactly();
+  for (int64_t i = 0; i < asked.k; ++i) {
+    bool is = i < int64_t(best.size());
+    asked.scores[b * asked.k + i] = is ? best[i].score : -std::numeric_limits<float>::infinity();
+    asked.rows[b * asked.k + i] = is ? best[i].row : -1;
+  }
+}
+
+std::vector<Query> asked_from(const Codes& codes, const Asked& asked, int64_t begin, int64_t end) {
+  std::vector<Query> queries;
+  queries.reserve(end - begin);
+  for (int64_t b = begin; b < end; ++b) queries.emplace_back(codes, asked.vectors + b * codes.width, asked.k);
+  return queries;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Codes, scales and rows of the places of all sections, whose items are `order` end to end, in blocks of 16 per section.
+void codes_encode(Codes* codes, const int64_t* order, uint8_t* out, float* scales, int32_t* rows) {
+  codes->error = codes->norm = 0;
+  std::vector<float> squares(2);
+  int64_t next = 0;
+  for (int64_t section = 0; section < codes->sections; ++section) {
+    for (int64_t i = 0; i < codes->counts[section]; ++i, ++next) {
+      int64_t row = order ? order[next] : next, block = codes->starts[section] + i / LANES, lane = i % LANES;
+      const float* x = codes->vectors + row * codes->width;
+      float largest = 0, error = 0, norm = 0;
+      for (int64_t d = 0; d < codes->width; ++d) largest = std::max(largest, std::fabs(x[d]));
+      float scale = largest > 0 ? largest / 127 : 1;
+      uint8_t* at = out + block * codes->groups * 64 + lane * 4;
+      for (int64_t d = 0; d < codes->width; ++d) {
+        float rounded = std::nearbyint(x[d] / scale), off = x[d] - rounded * scale;
+        at[d / 4 * 64 + d % 4] = uint8_t(int(rounded) + 128);
+        error += off * off, norm += rounded * scale * rounded * scale;
+      }
+      scales[block * LANES + lane] = scale;
+      if (rows) rows[block * LANES + lane] = int32_t(row);
+      codes->error = std::max(codes->error, std::sqrt(error));
+      codes->norm = std::max(codes->norm, std::sqrt(norm));
+    }
+  }
+}
+
+void codes_search(const Codes* codes, const Asked* asked) {
+  int64_t threads = std::max<int64_t>(1, asked->threads), queries = asked->queries;
+  if (queries >= threads) {
+    int64_t size = std::min(GROUP_QUERIES, (queries + threads - 1) / threads), groups = (queries + size - 1) / size;
+    on_threads(std::min(threads, groups), [=](int64_t thread) {
+      for (int64_t group = thread; group < groups; group += threads) {
+        int64_t begin = group * size, end = std::min(queries, begin + size);
+        std::vector<Query> mine = asked_from(*codes, *asked, begin, end);
+        search(mine, *codes, *asked, 0, 1);
+        for (int64_t b = begin; b < end; ++b) {
+          mine[b - begin].compact();
+          answer(mine[b - begin], *asked, b);
+        }
+      }
+    });
+    return;
+  }
+  // Fewer queries than threads: each searches its part of the items for all of them.
+  std::vector<std::vector<Query>> parts(threads);
+  on_threads(threads, [&](int64_t thread) {
+    parts[thread] = asked_from(*codes, *asked, 0, queries);
+    search(parts[thread], *codes, *asked, thread, threads);
+  });
+  for (int64_t b = 0; b < queries; ++b) {
+    Query& first = parts[0][b];
+    for (int64_t part = 1; part < threads; ++part) {
+      Query& other = parts[part][b];
+      other.compact();
+      while (first.room() < other.count) {
+        first.compact();
+        if (first.room() < other.count) first.scores.resize(first.count + other.count), first.rows.resize(first.scores.size());
+      }
+      std::copy_n(other.scores.begin(), other.count, first.scores.begin() + first.count);
+      std::copy_n(other.rows.begin(), other.count, first.rows.begin() + first.count);
+      first.count += other.count;
+    }
+    first.compact();
+    answer(first, *asked, b);
+  }
+}
+
+}

@@ -1,0 +1,167 @@
+"""8-bit codes lose nothing: every answer is that of scoring all vectors, on every path of the compiled search."""
+
+import ctypes
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from retrieval.errors import ConfigError
+from retrieval.index import codes, codes_backend
+from retrieval.index.codes import Codes, library
+from retrieval.index.codes_backend import CodesBackend
+from retrieval.index.lists import build_lists
+from retrieval.index.spec import IndexSpec
+from retrieval.native import compiled
+
+SOURCE = Path(codes.__file__).with_name("codes_native.cpp")
+
+
+@pytest.fixture(scope="module", params=["wide", "portable"])
+def native(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """As built for this processor, and as built for one without its instructions."""
+    portable = ("-DRETRIEVAL_PORTABLE", "-O1")
+    found = library() if request.param == "wide" else compiled("codes-portable", [SOURCE], "", portable)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def unit(x: NDArray[np.float64]) -> NDArray[np.float32]:
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30), np.float32)
+
+
+def assert_exact(
+    codes: Codes, vectors: NDArray[np.float32], queries: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None
+) -> None:
+    allowed = None if mask is None else np.packbits(mask, bitorder="little")
+    found = codes.search(queries, k, allowed=allowed)
+    truth = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    rows = np.arange(len(vectors)) if mask is None else np.flatnonzero(mask)
+    wanted = min(k, len(rows))
+    for b in range(len(queries)):
+        got = found.rows[b, :wanted]
+        assert len(set(got.tolist())) == wanted
+        assert np.isin(got, rows).all()
+        assert (found.rows[b, wanted:] == -1).all()
+        assert np.isneginf(found.scores[b, wanted:]).all()
+        np.testing.assert_allclose(found.scores[b, :wanted], truth[b, got], atol=2e-6)
+        np.testing.assert_allclose(found.scores[b, :wanted], np.sort(truth[b, rows])[::-1][:wanted], atol=2e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 80) | st.integers(500, 3000),
+    width=st.sampled_from([1, 3, 8, 17, 50, 64]),
+    k=st.sampled_from([1, 2, 100, 700]),
+    batch=st.integers(1, 70),
+    share=st.sampled_from([None, None, 0.0, 0.01, 0.5]),
+    kind=st.sampled_from(["unit", "unit", "copies", "outlier", "zero"]),
+)
+def test_the_answers_are_those_of_scoring_everything(
+    native: ctypes.CDLL, seed: int, count: int, width: int, k: int, batch: int, share: float | None, kind: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    raw, asked = rng.normal(size=(count, width)), rng.normal(size=(batch, width))
+    if kind == "outlier":
+        raw[:, 0] *= 100
+    vectors, queries = unit(raw), unit(asked)
+    if kind == "copies":
+        vectors[rng.integers(0, count, count // 2)] = vectors[0]
+    if kind == "zero":
+        vectors[: count // 2] = 0
+        queries[0] = 0
+    mask = None if share is None else rng.random(count) < share
+    assert_exact(Codes(native, vectors), vectors, queries, k, mask)
+
+
+def test_more_equal_scores_than_fit_are_told_apart_by_row(native: ctypes.CDLL) -> None:
+    count = 120_000
+    vectors = np.zeros((count, 4), np.float32)
+    vectors[:, 0] = 1
+    vectors[77_777] = [0.6, 0.8, 0, 0]
+    found = Codes(native, vectors).search(np.array([[0.6, 0.8, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], np.float32), 5)
+    assert found.rows.tolist() == [[77_777, 0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    np.testing.assert_allclose(found.scores[0], [1, 0.6, 0.6, 0.6, 0.6], atol=1e-6)
+
+
+def test_a_query_that_is_not_finite_finds_nothing(native: ctypes.CDLL) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(100, 8)))
+    queries = vectors[:3].copy()
+    queries[1, 2], queries[2, 0] = np.nan, np.inf
+    found = Codes(native, vectors).search(queries, 4)
+    assert found.rows[0, 0] == 0
+    assert (found.rows[1:] == -1).all()
+
+
+def test_neither_threads_nor_batch_mates_change_an_answer(native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "_WORTH_A_THREAD", 1)
+    rng = np.random.default_rng(1)
+    vectors, queries = unit(rng.normal(size=(5000, 24))), unit(rng.normal(size=(9, 24)))
+    vectors[100:2000] = vectors[100]
+    lists = build_lists(vectors, 16)
+    before = faiss.omp_get_max_threads()
+    for over in (Codes(native, vectors), Codes(native, vectors, lists.centres, lists.counts, lists.order)):
+        answers = []
+        try:
+            for threads in (1, 2, 5):
+                faiss.omp_set_num_threads(threads)
+                answers.append(over.search(queries, 150, 5))
+                alone = [over.search(queries[b : b + 1], 150, 5) for b in range(9)]
+                assert np.array_equal(np.concatenate([one.rows for one in alone]), answers[0].rows)
+                assert np.array_equal(np.concatenate([one.scores for one in alone]), answers[0].scores)
+        finally:
+            faiss.omp_set_num_threads(before)
+        for other in answers[1:]:
+            assert np.array_equal(other.rows, answers[0].rows)
+            assert np.array_equal(other.scores, answers[0].scores)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Int8"])
+def test_without_a_compiler_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    rng = np.random.default_rng(2)
+    vectors, queries = unit(rng.normal(size=(2000, 20))), unit(rng.normal(size=(12, 20)))
+    lists = None if factory == "Flat" else build_lists(vectors, 16)
+    spec = IndexSpec(factory=factory, search={} if lists is None else {"nprobe": 3})
+    compiled_ = CodesBackend(vectors, spec, lists)
+    monkeypatch.setattr(codes_backend, "library", lambda: None)
+    plain = CodesBackend(vectors, spec, lists)
+    some = np.packbits(rng.random(2000) < 0.3, bitorder="little")
+    for allowed in (None, some, np.zeros(250, np.uint8)):
+        for effort in (1.0, 2.5):
+            mine = compiled_.search(queries, 40, allowed=allowed, effort=effort)
+            theirs = plain.search(queries, 40, allowed=allowed, effort=effort)
+            np.testing.assert_array_equal(mine.rows, theirs.rows)
+            np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-6)
+
+
+def test_looking_into_every_list_is_exact() -> None:
+    rng = np.random.default_rng(3)
+    vectors, queries = unit(rng.normal(size=(900, 12))), unit(rng.normal(size=(5, 12)))
+    index = CodesBackend(vectors, IndexSpec(factory="IVF30,Int8"), build_lists(vectors, 30))
+    exact = CodesBackend(vectors, IndexSpec()).search(queries, 900)
+    found = index.tuned({"nprobe": 30}).search(queries, 900)
+    np.testing.assert_array_equal(found.rows, exact.rows)
+    few = index.search(queries, 900)
+    assert ((few.rows >= 0).sum(axis=1) < 300).all()
+
+
+@pytest.mark.parametrize(
+    ("search", "sentence"),
+    [
+        ({"efSearch": 4}, "takes no parameter efSearch=4"),
+        ({"nprobe": 0}, "nprobe=0 is not a whole number of lists"),
+        ({"nprobe": 1.5}, "nprobe=1.5 is not"),
+    ],
+)
+def test_search_parameters_that_mean_nothing_are_refused(search: dict[str, float], sentence: str) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(40, 8)))
+    with pytest.raises(ConfigError, match=sentence):
+        CodesBackend(vectors, IndexSpec(factory="IVF2,Int8", search=search), build_lists(vectors, 2))
