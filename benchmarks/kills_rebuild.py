@@ -157,11 +157,11 @@ class Place:
         return found
 
     def left_over(self) -> list[str]:
-        """Temporary files and folders, and nights that are no longer tonight's."""
+        """Temporary files and folders, and nights that are neither tonight's nor the live snapshot's."""
         begins = (".tmp-", "staging", "removing-", "spill")
         found = [str(path) for path in self.folder.rglob("*") if path.name.startswith(begins)]
         nights = [str(path) for path in (self.folder / "work").glob("night-*")]
-        return found + nights[1:]
+        return found + nights[2:]
 
 
 class BrokenRuleError(Exception):
@@ -466,7 +466,7 @@ def _kib(folder: Path) -> int:
 
 
 def main() -> None:
-    """Run the scenarios that have no row yet."""
+    """Run the scenarios that are not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for nights and trials")
     parser.add_argument("--kills", type=int, default=200, help="about so many in all (default: 200)")
@@ -489,7 +489,9 @@ def main() -> None:
 
 
 def _run(sweep: Sweep, scenario: str, plan: Iterator[Callable[[], int]], out: Path) -> None:
-    file = sweep.root / f"done-{scenario}.json"
+    file, finished = (sweep.root / f"{name}-{scenario}.json" for name in ("done", "finished"))
+    if finished.exists():
+        return
     done: list[int] = json.loads(file.read_text()) if file.exists() else []
     for number, trial in enumerate(plan):
         if number < len(done):
@@ -501,6 +503,7 @@ def _run(sweep: Sweep, scenario: str, plan: Iterator[Callable[[], int]], out: Pa
     row: dict[str, object] = {"scenario": scenario, "nights": len(done), "died": sum(done), "broken_rules": 0}
     print(row, flush=True)
     append_rows(out, [row | environment(torch.device("cpu"))])
+    finished.write_text(json.dumps(row))
 
 
 if __name__ == "__main__":
