@@ -100,7 +100,7 @@ def test_every_format_gives_what_plain_python_gives(parts: list[list[Row]]) -> N
     # A text column that happens to hold integers only would, rightly, be read as integers in CSV.
     schema = EventSchema(
         **{
-            f"{name}_type": "string" if any(isinstance(row[field], str) for row in usable) else "integer"
+            f"{name}_type": "string" if any(isinstance(row[field], str) for row in rows) else "integer"
             for field, name in enumerate(("user", "item"))
         }
     )
