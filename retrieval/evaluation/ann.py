@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.index.exact import scan
 from retrieval.index.searcher import Searcher
 
 __all__ = ["ann_recall"]
@@ -21,9 +22,8 @@ def ann_recall(searcher: Searcher, vectors: NDArray[np.float32], queries: NDArra
         k: depth; the catalogue's size if that is smaller.
     """
     k = min(k, len(vectors))
+    if not len(queries):
+        return 1.0
     found = searcher.search(queries, [k] * len(queries))
-    hits = 0
-    for row, query in enumerate(queries):
-        threshold = np.partition(vectors @ query, len(vectors) - k)[len(vectors) - k]
-        hits += int(np.count_nonzero(found.scores[row] >= threshold - 1e-5))
-    return hits / (k * len(queries)) if len(queries) else 1.0
+    thresholds = scan(vectors, queries, k)[1][:, -1:]
+    return float(np.mean(found.scores[:, :k] >= thresholds - 1e-5))

@@ -20,6 +20,7 @@ class GateConfig(Config):
         k: depth of recall and NDCG on the held-out interval.
         worse_by: how much worse than its rival, as a share of the rival's figure, the candidate may be for certain:
             refused is one whose difference's whole 95% interval lies below that.
+        max_queries: users with a held-out event that are asked at most, a random sample of them.
         min_queries: users with a held-out event below which recall and NDCG are reported but do not refuse.
         min_ann_recall: of the index against exact search, recall@100.
         min_catalogue: items, as a share of the live snapshot's.
@@ -30,6 +31,7 @@ class GateConfig(Config):
 
     k: int = Field(default=50, ge=1)
     worse_by: float = Field(default=0.02, ge=0, lt=1)
+    max_queries: int = Field(default=20_000, ge=1)
     min_queries: int = Field(default=200, ge=1)
     min_ann_recall: float = Field(default=0.95, ge=0, le=1)
     min_catalogue: float = Field(default=0.8, ge=0)

@@ -1,7 +1,7 @@
 """What a night's candidate is held against, and what the gates say of it."""
 
 import time
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +12,39 @@ from retrieval.data.splits import Queries, Split, training_counts
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.evaluation.gates import GateConfig, GateResult, at_least, at_most, not_worse
-from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.evaluation.ranking import query_batches, rank_by_scores
 from retrieval.jobs.publish import Candidate, current_user_embeddings
 from retrieval.jobs.warm_start import live_histories, live_ranks
 from retrieval.snapshot.store import Snapshot, served_rows
 
-__all__ = ["figures", "held_out_ranks", "quality_gates", "snapshot_gates"]
+__all__ = ["asked_of", "held_out_ranks", "quality_gates", "snapshot_gates"]
 
 _SAMPLE = 500
 _DEPTH = 100
 _SEARCHES = 50
+_SCORES, _FEWEST = 10**10, 1000
+
+
+def asked_of(queries: Queries, config: GateConfig, items: int) -> Queries:
+    """The queries that the gates judge by: at most `config.max_queries`, and fewer of a catalogue of millions.
+
+    Every item is scored for every query, by tonight's encoder and by the live one. Without a bound a night's evaluation
+    would grow with the users times the items, while intervals hardly get narrower.
+    """
+    most = min(config.max_queries, max(config.min_queries, _FEWEST, _SCORES // items))
+    if len(queries) <= most:
+        return queries
+    chosen = np.sort(np.random.default_rng(0).choice(len(queries), most, replace=False))
+    return replace(queries, users=queries.users[chosen], targets=queries.targets[chosen])
 
 
 def held_out_ranks(
-    dataset: Dataset, split: Split, candidate: UserEncoder, live: Snapshot | None, expired: NDArray[np.bool_]
+    dataset: Dataset,
+    split: Split,
+    queries: Queries,
+    candidate: UserEncoder,
+    live: Snapshot | None,
+    expired: NDArray[np.bool_],
 ) -> dict[str, NDArray[np.int64]]:
     """Rank of each held-out event's item, int64 `[Q]`: of the candidate, of popularity, and of the live snapshot.
 
@@ -35,10 +53,10 @@ def held_out_ranks(
     """
     popularity = training_counts(dataset, split).astype(np.float32)
     popularity[expired] = -np.inf
-    ranks = {"candidate": _ranks(dataset, split.test, candidate, expired)}
-    ranks["popularity"] = _popularity_ranks(dataset, split.test, candidate.config.max_length, popularity)
+    ranks = {"candidate": _ranks(dataset, queries, candidate, expired)}
+    ranks["popularity"] = _popularity_ranks(dataset, queries, candidate.config.max_length, popularity)
     if live is not None:
-        ranks["live"] = live_ranks(dataset, split.test, live)
+        ranks["live"] = live_ranks(dataset, queries, live)
     return ranks
 
 
@@ -61,17 +79,16 @@ def _ranks(dataset: Dataset, queries: Queries, encoder: UserEncoder, expired: ND
 def _popularity_ranks(
     dataset: Dataset, queries: Queries, max_length: int, counts: NDArray[np.float32]
 ) -> NDArray[np.int64]:
+    """As `rank_by_scores` has them, without scores of everything for everybody: all users see the same order."""
+    ascending = np.sort(counts)
     ranks = np.empty(len(queries), np.int64)
     for batch in query_batches(dataset, queries, max_length):
-        ranks[batch.place] = rank_by_scores(
-            batch, len(counts), lambda part: np.tile(counts, (part.stop - part.start, 1))
-        )
+        wanted = counts[batch.targets]
+        as_good = len(counts) - np.searchsorted(ascending, wanted)
+        hidden = [np.count_nonzero(counts[seen] >= one) for seen, one in zip(batch.seen, wanted, strict=True)]
+        # What has expired is not found, however much of the rest is hidden.
+        ranks[batch.place] = np.where(np.isfinite(wanted), as_good - np.array(hidden), len(counts))
     return ranks
-
-
-def figures(ranks: NDArray[np.int64], k: int) -> dict[str, Any]:
-    """Recall, NDCG and MRR for the report, each with its interval."""
-    return {name: estimate.model_dump() for name, estimate in evaluate_ranks(ranks, sorted({10, k, 200})).items()}
 
 
 def quality_gates(ranks: dict[str, NDArray[np.int64]], config: GateConfig) -> list[GateResult]:

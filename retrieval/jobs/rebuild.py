@@ -36,7 +36,7 @@ from retrieval.index.choice import AutoIndex
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs.expiry import Expiry, expired_items
 from retrieval.jobs.index_choice import Chosen
-from retrieval.jobs.judge import held_out_ranks, quality_gates, snapshot_gates
+from retrieval.jobs.judge import asked_of, held_out_ranks, quality_gates, snapshot_gates
 from retrieval.jobs.night import (
     FINAL,
     JUDGED,
@@ -181,7 +181,8 @@ def rebuild(
                 on_note(optimiser)
             judged = trainings.judged(learned)
         with clock.stage("evaluate"):
-            ranks = held_out_ranks(dataset, trainings.split, judged, live, expired)
+            queries = asked_of(trainings.split.test, config.gates, len(dataset.vocabulary))
+            ranks = held_out_ranks(dataset, trainings.split, queries, judged, live, expired)
             results = quality_gates(ranks, config.gates)
         with clock.stage("finish"):
             trainings.final(judged)

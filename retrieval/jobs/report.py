@@ -17,6 +17,7 @@ from retrieval.files import write_atomically
 from retrieval.jobs.night import Clock
 from retrieval.jobs.publish import Candidate
 from retrieval.jobs.report_page import page_of
+from retrieval.jobs.warm_start import rows_before
 from retrieval.snapshot.store import Snapshot, served_rows
 
 __all__ = ["REPORT", "keep_report", "night_report"]
@@ -139,7 +140,7 @@ def _vocabulary(candidate: Candidate, live: Snapshot | None) -> dict[str, int]:
     found = {"items": int(served.sum()), "new": int(served.sum()), "back": 0, "gone": 0, "rows": len(vocabulary)}
     if live is None:
         return found
-    rows = live.vocabulary.rows_of(vocabulary.ids_of(np.arange(len(vocabulary))))
+    rows = rows_before(vocabulary, live)
     known = rows >= 0
     before = np.zeros(len(vocabulary), bool)
     before[known] = live.served[rows[known]]

@@ -13,6 +13,7 @@ from torch import Tensor
 from retrieval.data.dataset import Dataset
 from retrieval.data.sequences import gather_histories
 from retrieval.data.splits import Queries
+from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.inference import embed_users, item_vectors
@@ -20,16 +21,26 @@ from retrieval.errors import ConfigError
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch, SideRows, TokenKind
 
-__all__ = ["carried_over", "live_histories", "live_ranks", "live_rows", "moved_rows"]
+__all__ = ["carried_over", "live_histories", "live_ranks", "live_rows", "moved_rows", "rows_before"]
 
 _ITEMS, _SIDE = "item_embedding.weight", "side_embedding.weight"
 _ACTIONS = ("action_embedding.weight", "query_embedding.weight")
 _QUERIES_AT_ONCE = 256
+_SCORES_AT_ONCE = 1 << 24
 
 
 def live_rows(dataset: Dataset, live: Snapshot) -> NDArray[np.int64]:
     """Row in the live snapshot of each of the dataset's items, −1 for new ones: int64 `[N]`."""
-    return live.vocabulary.rows_of(dataset.vocabulary.ids_of(np.arange(len(dataset.vocabulary))))
+    return rows_before(dataset.vocabulary, live)
+
+
+def rows_before(vocabulary: Vocabulary, live: Snapshot) -> NDArray[np.int64]:
+    """The same of a vocabulary's items."""
+    count, known = len(vocabulary), len(live.vocabulary)
+    if vocabulary.ids.slice(0, known).equals(live.vocabulary.ids):
+        # Appended to: the usual case, and quick for millions.
+        return np.where(np.arange(count) < known, np.arange(count), -1)
+    return live.vocabulary.rows_of(vocabulary.ids_of(np.arange(count)))
 
 
 def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dict[str, Tensor]:
@@ -169,19 +180,24 @@ def live_histories(
         Encoder input of those of whom something is left, and which of the users these are.
     """
     rows, codes = live_rows(dataset, live), np.maximum(_live_codes(dataset, live), 0)
-    items = rows[dataset.events.items]
+    starts = dataset.offsets[users]
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])
+    # Only of these users: the whole log may be a thousand times as long.
+    index = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], ends - starts)
+    items = rows[dataset.events.items[index]]
     known = items >= 0
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(known)])
+    index = index[known]
     events = EventColumns(
         items=items[known],
-        actions=codes[dataset.events.actions[known]].astype(np.uint8),
-        timestamps=dataset.events.timestamps[known],
+        actions=codes[dataset.events.actions[index]].astype(np.uint8),
+        timestamps=dataset.events.timestamps[index],
     )
-    filled = np.flatnonzero(before[ends] > before[dataset.offsets[users]])
-    users, ends, max_length = users[filled], ends[filled], live.info.encoder.max_length
-    side = _live_side(dataset, live, users, ends)
-    begins = before[dataset.offsets[users]]
-    return gather_histories(events, begins, before[ends], times[filled], max_length, side), filled
+    begins, stops = before[bounds[:-1]], before[bounds[1:]]
+    filled = np.flatnonzero(stops > begins)
+    side = _live_side(dataset, live, users[filled], ends[filled])
+    max_length = live.info.encoder.max_length
+    return gather_histories(events, begins[filled], stops[filled], times[filled], max_length, side), filled
 
 
 def live_ranks(dataset: Dataset, queries: Queries, live: Snapshot) -> NDArray[np.int64]:
@@ -204,8 +220,9 @@ def live_ranks(dataset: Dataset, queries: Queries, live: Snapshot) -> NDArray[np
     unknown = np.ones(len(queries), bool)
     unknown[filled] = False
     findable = np.flatnonzero((targets >= 0) & live.served[targets])
-    for start in range(0, len(findable), _QUERIES_AT_ONCE):
-        places = findable[start : start + _QUERIES_AT_ONCE]
+    step = max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // num_items))
+    for start in range(0, len(findable), step):
+        places = findable[start : start + step]
         scores = embeddings[places] @ vectors.T
         scores[unknown[places]] = counts
         scores[:, ~live.served] = -np.inf

@@ -9,7 +9,9 @@ import grpc
 from retrieval.errors import InvalidRequestError, NoSnapshotError, SnapshotError
 from retrieval.rpc._generated.retrieval.v1 import admin_pb2 as pb
 from retrieval.rpc.handler import Method, parsed
+from retrieval.rpc.prepare import shown
 from retrieval.rpc.reload import Reloader
+from retrieval.snapshot.manifest import is_version
 from retrieval.snapshot.registry import Registry
 
 __all__ = ["ADMIN_DESCRIPTOR", "Admin"]
@@ -78,8 +80,8 @@ class Admin:
 
     async def _activate(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
         version = parsed(pb.ActivateSnapshotRequest, content).version
-        if not version:
-            raise InvalidRequestError("version", "is empty; name the version that is to be live")
+        if not is_version(version):
+            raise InvalidRequestError("version", f"{shown(version)} is no version's name")
         left = await self._to_its_end(self._reloader.activate(version))
         answer = pb.ActivateSnapshotResponse(previous_version=left, serving_version=self._reloader.serving_version)
         return answer.SerializeToString()

@@ -37,6 +37,9 @@ _DETAILS = "grpc-status-details-bin"
 # gRPC's own retries wait so many milliseconds.
 _PUSHBACK = "grpc-retry-pushback-ms"
 
+# Characters of a sentence: a status travels in headers, which hold a few KiB.
+_LONGEST = 1000
+
 _log = logging.getLogger(__name__)
 
 # Error, code, ErrorInfo.reason; documented at the top of retrieval.proto and admin.proto. The first that fits counts.
@@ -92,7 +95,8 @@ def _told(error: Exception) -> str:
     if reason_of(error) == _INTERNAL:
         _log.error("a call failed", exc_info=error)
         return "the server failed on this call; its log says why"
-    return str(error)
+    sentence = str(error)
+    return sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]}…"
 
 
 def reason_of(error: Exception) -> str:

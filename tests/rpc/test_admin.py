@@ -119,8 +119,9 @@ def test_what_cannot_be_activated_changes_nothing(integer_world: World, tmp_path
                 admin.activate(unreadable)
             with pytest.raises(UnknownVersionError, match=r"has no version '000009-0123456789ab'"):
                 admin.activate("000009-0123456789ab")
-            with pytest.raises(InvalidRequestError, match=r"^version: is empty"):
-                admin.activate("")
+            for name in ("", "CURRENT", "../" + good, good + "/", "x" * 10**6):
+                with pytest.raises(InvalidRequestError, match=r"^version: '.{0,60}…?' is no version's name$"):
+                    admin.activate(name)
             with pytest.raises(InvalidRequestError, match=r"^version: must be text"):
                 admin.activate("\ud800")
             listed = admin.list_snapshots()
@@ -133,6 +134,11 @@ def test_what_cannot_be_activated_changes_nothing(integer_world: World, tmp_path
             (tmp_path / "CURRENT.lock").mkdir()
             with pytest.raises(SnapshotError, match="cannot be written"):
                 admin.activate(newer)
+            # So many that a sentence with all of their names would not fit into a status.
+            for number in range(100, 600):
+                (tmp_path / f"{number:06d}-0123456789ab").mkdir()
+            with pytest.raises(UnknownVersionError, match=r"has no version '000009-0123456789ab' .*…$"):
+                admin.activate("000009-0123456789ab")
             assert client.retrieve(History([], []), k=1).snapshot_version == good
             assert registry.current() == good
 
