@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ from retrieval.encoder.protocol import UserEncoder
 from retrieval.evaluation.metrics import evaluate_ranks
 from retrieval.training.config import TrainConfig
 from retrieval.training.trainer import train
+
+__all__ = ["ColdQueries", "last_events"]
 
 RESULTS = Path(__file__).parent / "results" / "features.csv"
 KS = (10, 50)
@@ -76,10 +79,7 @@ def main() -> None:
     warm_log, folder = parsed.work / "warm.parquet", parsed.work / "warm"
     dataset = ingest(warm_log, folder, schema=schema, items=parsed.movies, item_schema=movies, replace=True)
     split = split_dataset(dataset, SplitInfo(protocol="stable"))
-    asked = log.filter(is_hidden).sort_by([("user_id", "ascending"), ("seq_pos", "ascending")])
-    users, item, times = (asked[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
-    last = np.flatnonzero(np.diff(users, append=-1))
-    cold = _ColdQueries(dataset, users[last], item[last], times[last], hidden)
+    cold = ColdQueries(dataset, *last_events(log.filter(is_hidden), "seq_pos"), hidden)
     popular = cold.popularity_ranks(counts[np.searchsorted(items, hidden)])
     common: dict[str, object] = {"users": f"one in {parsed.every}", "preset": parsed.preset, "epochs": parsed.epochs}
     common["batch"] = parsed.batch_size
@@ -109,6 +109,14 @@ def main() -> None:
             _write(parsed.out, common | {"items": name, "seed": seed} | found | row)
 
 
+def last_events(log: pa.Table, order: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """User, item and time of each user's last event by a column."""
+    log = log.sort_by([("user_id", "ascending"), (order, "ascending")])
+    users, items, times = (log[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    last = np.append(np.flatnonzero(users[1:] != users[:-1]), len(users) - 1)
+    return users[last], items[last], times[last]
+
+
 def _write(out: Path, row: dict[str, object]) -> None:
     print(row, flush=True)
     append_rows(out, [row | environment(torch.device("cpu"))])
@@ -119,13 +127,13 @@ def _cold_columns(ranks: NDArray[np.int64]) -> dict[str, object]:
     return {f"cold_recall@{k}": f"{one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]" for k, one in found.items()}
 
 
-class _ColdQueries:
+class ColdQueries:
     """Users' last events on hidden items, those with an event before it.
 
     Args:
         dataset: the log without hidden items.
         users, items, times: whose event, on what, when: ids and seconds, `[Q]`.
-        hidden: ids of the hidden items, ascending, `[H]`.
+        candidates: ids among which they are to be found, ascending, `[H]`.
     """
 
     def __init__(
@@ -134,7 +142,7 @@ class _ColdQueries:
         users: NDArray[np.int64],
         items: NDArray[np.int64],
         times: NDArray[np.int64],
-        hidden: NDArray[np.int64],
+        candidates: NDArray[np.int64],
     ) -> None:
         known = dataset.users_named(users.tolist())
         users, items, times, known = (one[known >= 0] for one in (users, items, times, known))
@@ -143,13 +151,13 @@ class _ColdQueries:
         spans = zip(starts, ends, times, strict=True)
         ends = np.array([start + np.searchsorted(stamps[start:end], time) for start, end, time in spans])
         asked = ends > starts
-        self._dataset, self._hidden = dataset, hidden
+        self._dataset, self._candidates = dataset, candidates
         self._starts, self._ends, self._times = starts[asked], ends[asked], times[asked].astype(np.int64)
-        self._targets = np.searchsorted(hidden, items[asked])
+        self._targets = np.searchsorted(candidates, items[asked])
 
     def ranks(self, encoder: UserEncoder) -> NDArray[np.int64]:
-        """Rank of each item to find among the hidden ones; ties count against it."""
-        candidates = item_vectors(encoder)[self._dataset.vocabulary.rows_of(self._hidden)]
+        """Rank of each item to find among the candidates; ties count against it."""
+        candidates = item_vectors(encoder)[self._dataset.vocabulary.rows_of(self._candidates)]
         ranks = []
         for at in range(0, len(self._targets), 128):
             part = slice(at, at + 128)
@@ -161,7 +169,7 @@ class _ColdQueries:
         return np.concatenate(ranks)
 
     def popularity_ranks(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rank of each item to find by events of the hidden items, int64 `[H]`; ties count against it."""
+        """Rank of each item to find by events of the candidates, int64 `[H]`; ties count against it."""
         found: NDArray[np.int64] = (counts >= counts[self._targets, None]).sum(1)
         return found
 

@@ -128,6 +128,28 @@ class JaggedBatch:
         present = {name: one for name in names if (one := getattr(self, name)) is not None}
         return JaggedBatch(offsets=offsets, **{name: change(one) for name, one in present.items()})
 
+    def shortened(self, length: int, *, spread: bool) -> "JaggedBatch":
+        """Rows of at most `length` tokens, each with its own times and action asked for.
+
+        Tokens beside the main series stay, in rows that are cut at least one event does, and the last token does, at
+        which the request is made. Of the others the latest stay, or with `spread` the latest for one half and for the
+        other some of the older ones, evenly spaced. Which ones follows from the row's length alone.
+        """
+        stays, main = np.ones(len(self.items), bool), self.main
+        for row in np.flatnonzero(self.lengths > length).tolist():
+            part = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+            events = part.start + np.flatnonzero(main[part])
+            room = max(1, length - (part.stop - part.start - len(events)))
+            if len(events) <= room:
+                continue
+            latest = room - room // 2 if spread else room
+            older = events[:-latest]
+            places = (2 * np.arange(room - latest) + 1) * len(older) // (2 * max(room - latest, 1))
+            stays[older] = False
+            stays[older[places]] = True
+        kept = np.flatnonzero(stays)
+        return self.mapped(np.searchsorted(kept, self.offsets).astype(np.int64), lambda tokens: tokens[kept])
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per row, int64 `[B]`."""

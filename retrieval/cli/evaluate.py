@@ -69,7 +69,7 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
     built = built_index(vectors, current_user_embeddings(dataset, encoder), spec, run_dir, say)
     searcher = Searcher(built.index, dataset.vocabulary.rank_by_id)
     with progress("evaluate") as update:
-        return evaluate(
+        report = evaluate(
             dataset,
             split,
             partial(embed_users, encoder),
@@ -79,6 +79,7 @@ def evaluate_run(dataset: "Dataset", run_dir: Path, spec: "IndexSpec | AutoIndex
             searcher=searcher,
             on_queries=lambda done, total: update(done, total, "users"),
         )
+    return report.model_copy(update={"tables": info.training.get("tables", {})})
 
 
 def write_report(report: "Report", out: Path, *, title: str, possible: Mapping[int, float] | None = None) -> None:

@@ -196,6 +196,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=tuple(PRESETS), help="the encoder and its shape (default: ml1m)")
     group.add_argument("--max-length", type=int, help="tokens of a history that are read (default: the preset's)")
+    group.add_argument("--read-length", type=int, help="tokens that are read outside training (default: all of them)")
+    group.add_argument(
+        "--read", choices=("latest", "spread"), help="which these are: the latest, or half of them older ones"
+    )
     group.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
     group.add_argument("--batch-size", type=int, help="users, or windows, per step (default: 128)")
     group.add_argument(

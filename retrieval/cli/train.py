@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "encoder_config", "train_with_progress"]
 
-_SHAPE = ("layout", "max_length")
+_SHAPE = ("layout", "max_length", "read_length", "read")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -109,10 +109,15 @@ def train_with_progress(
 
     Where the split holds queries out for validation, the encoder of the best NDCG@10 on them is kept, else the last.
     """
+    from retrieval.data.splits import training_counts
     from retrieval.encoder.inference import embed_users, item_vectors
     from retrieval.encoder.protocol import UserEncoder
     from retrieval.evaluation.offline import mean_ndcg
+    from retrieval.training.tables import table_sizes
     from retrieval.training.trainer import StepReport, train
+
+    sizes = table_sizes(dataset, encoder, config, training_counts(dataset, split))
+    say("rows of tables: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
 
     def ndcg(trained: UserEncoder) -> float:
         embed = partial(embed_users, trained)

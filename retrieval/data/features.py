@@ -28,11 +28,14 @@ class FeatureSchema(Config):
     """Contents of a schema file.
 
     Attributes:
+        max_items: items of the catalogue at most; of more, ingest leaves out those that were met longest ago, with
+            their events. One that only the items' file names counts as new.
         items: attributes of items; None: ids alone.
         context: static attributes of users, columns of the users' file: a token each in front of every history.
         auxiliary: slowly changing values, columns of the event log, each a series of its own.
     """
 
+    max_items: int | None = Field(default=None, ge=1)
     items: ItemFeatureSchema | None = None
     context: dict[str, SideColumn] = Field(default_factory=dict)
     auxiliary: dict[str, SideColumn] = Field(default_factory=dict)

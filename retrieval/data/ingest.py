@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +141,7 @@ class _Meaning:
     order: str | None
     series: tuple[str, ...]
     item_type: Literal["integer", "string"]
+    bounded: bool = False  # whether table `kept` holds the items that stay
 
     @property
     def fields(self) -> str:
@@ -158,6 +159,7 @@ class _Meaning:
         return (
             f"SELECT * FROM (SELECT {place} AS ordinal, {self.fields} FROM staged) "
             "WHERE user IS NOT NULL AND item IS NOT NULL AND micros IS NOT NULL"
+            + (" AND item IN (SELECT id FROM kept)" if self.bounded else "")
         )
 
 
@@ -191,6 +193,7 @@ class _Ingest:
             if users is not None:
                 people = stage_people(self.engine, users, user_schema, self.features, meaning.users.type)
             rows = self._count_repairs(meaning)
+            meaning = self._bounded(meaning, catalogue)
             actions = self._actions(meaning)
             item_count = self._codes(meaning, catalogue)
             sweep = self._sort(meaning, rows, item_count)
@@ -306,6 +309,32 @@ class _Ingest:
         self.repairs |= dropped | ({"missing_action": found[-1]} if has_action else {})
         return int(rows)
 
+    def _bounded(self, meaning: _Meaning, catalogue: Catalogue | None) -> _Meaning:
+        """Where there are more items than the features allow, write those that stay into table `kept`."""
+        most, engine = self.features.max_items, self.engine
+        if most is None:
+            return meaning
+        known = self._known_items(meaning, catalogue)
+        found, events = engine.row(f"SELECT count(DISTINCT id), count(met) FROM ({known})")
+        if found <= most:
+            return meaning
+        latest = "ORDER BY max(met) DESC NULLS FIRST, count(met) DESC, id"
+        engine.rows(f"CREATE TABLE kept AS SELECT id FROM ({known}) GROUP BY id {latest} LIMIT {most}", "codes")
+        meaning = replace(meaning, bounded=True)
+        (left,) = engine.row(f"SELECT count(*) FROM ({meaning.valid})")
+        if not left:
+            raise DataError(f"max_items: the {most:,} items that stay have no events; {found:,} are known")
+        self.repairs |= {"items_left_out": found - most, "events_of_items_left_out": events - left}
+        return meaning
+
+    def _known_items(self, meaning: _Meaning, catalogue: Catalogue | None) -> str:
+        """SQL of the items of the log, an event each with its time `met`, and of the catalogue, where that is null."""
+        known = f"SELECT item AS id, micros AS met FROM ({meaning.valid})"
+        if catalogue is not None:
+            item = catalogue.ids.read_as(meaning.item_type)
+            known += f" UNION ALL SELECT {item} AS id, NULL AS met FROM catalogue WHERE {item} IS NOT NULL"
+        return known
+
     def _actions(self, meaning: _Meaning) -> tuple[ActionValue, ...]:
         if meaning.action is None:
             self.engine.rows("CREATE TABLE actions (value VARCHAR, code UTINYINT)")
@@ -323,10 +352,7 @@ class _Ingest:
         """
         engine = self.engine
         engine.rows(f"CREATE TABLE users AS SELECT DISTINCT user AS id FROM ({meaning.valid}) ORDER BY id", "codes")
-        known = f"SELECT item AS id FROM ({meaning.valid})"
-        if catalogue is not None:
-            item = catalogue.ids.read_as(meaning.item_type)
-            known += f" UNION ALL SELECT {item} AS id FROM catalogue WHERE {item} IS NOT NULL"
+        known = "SELECT id FROM kept" if meaning.bounded else self._known_items(meaning, catalogue)
         found, order = f"SELECT DISTINCT id FROM ({known})", "id"
         if self.known is not None and len(self.known):
             engine.keep("before", pa.table({"id": self.known, "place": np.arange(len(self.known))}))

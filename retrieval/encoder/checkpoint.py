@@ -34,7 +34,7 @@ class CheckpointInfo(Config):
         kinds: what tokens beside the main series tell, and the row of each value; as many as the encoder has.
         dataset: fingerprint of the dataset that it was trained on.
         split: the split that it was trained on, as `data.splits` records it.
-        training: hyperparameters and the number of steps done, for people.
+        training: hyperparameters, the number of steps done and rows of the tables, for people.
         weights_sha256: hash of `encoder.safetensors`; filled in when saving.
     """
 

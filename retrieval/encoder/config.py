@@ -25,6 +25,8 @@ class _SequenceConfig(Config):
         kinds: rows of the table of each kind of tokens beside the main series (`types.TokenKind`); empty: items alone.
         max_length: most recent tokens of a history that are read, among them one set aside for each kind; an event
             counts once in either layout.
+        read_length: tokens of a row that are read outside training, where long rows are costly; None: all of it.
+        read: which these are: the "latest", or "spread", one half the latest and the other evenly spaced older ones.
         width: D, width of tokens and embeddings.
         num_layers: layers.
         dropout: probability, on the input and inside each layer.
@@ -37,6 +39,8 @@ class _SequenceConfig(Config):
     layout: Layout = "joined"
     kinds: tuple[Annotated[int, Field(ge=1)], ...] = ()
     max_length: int = Field(default=200, ge=1)
+    read_length: int | None = Field(default=None, ge=1)
+    read: Literal["latest", "spread"] = "latest"
     width: int = Field(default=50, ge=1)
     num_layers: int = Field(default=2, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -55,6 +59,8 @@ class _SequenceConfig(Config):
             raise ValueError("layout: there are no actions to interleave items with (num_actions is 0)")
         if len(self.kinds) >= self.max_length:
             raise ValueError(f"max_length {self.max_length} leaves no token beside those of {len(self.kinds)} kinds")
+        if self.read_length is not None and len(self.kinds) >= self.read_length:
+            raise ValueError(f"read_length {self.read_length} leaves no token beside those of {len(self.kinds)} kinds")
         return self
 
     @property

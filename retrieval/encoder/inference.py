@@ -8,7 +8,15 @@ from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.types import JaggedBatch
 
-__all__ = ["embed_users", "item_vectors"]
+__all__ = ["as_read", "embed_users", "item_vectors"]
+
+
+def as_read(encoder: UserEncoder, batch: JaggedBatch) -> JaggedBatch:
+    """The histories as the encoder reads them: whole, or shortened to its `read_length`."""
+    config = encoder.config
+    if config.read_length is None:
+        return batch
+    return batch.shortened(config.read_length, spread=config.read == "spread")
 
 
 @torch.inference_mode()
@@ -17,12 +25,13 @@ def embed_users(encoder: UserEncoder, batch: JaggedBatch) -> NDArray[np.float32]
 
     With popularity the last number is 1, and the others have unit length.
 
-    Rows must not be empty nor longer than the encoder's `max_length`; `data.sequences` makes them so. A user's
-    embedding does not depend on who shares the batch, beyond float rounding.
+    Rows must not be empty nor longer than the encoder's `max_length`; `data.sequences` makes them so. They are read up
+    to its `read_length`. A user's embedding does not depend on who shares the batch, beyond float rounding.
     """
     assert not encoder.training
     assert bool((batch.lengths > 0).all())
-    vectors = encoder.user_vectors(encoder.last(JaggedTensors.of(batch, encoder.device)))
+    tensors = JaggedTensors.of(as_read(encoder, batch), encoder.device)
+    vectors = encoder.user_vectors(encoder.last(tensors))
     embeddings: NDArray[np.float32] = vectors.float().cpu().numpy()
     return embeddings
 

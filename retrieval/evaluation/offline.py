@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.data.dataset import Dataset
@@ -39,6 +40,7 @@ class Report(Config):
         candidates: items ranked for each of them, their history aside.
         unseen_targets: share of the items to find that have no training event.
         rows: results.
+        tables: rows of the tables that were learned, by name.
     """
 
     dataset: str
@@ -49,6 +51,7 @@ class Report(Config):
     candidates: int
     unseen_targets: float
     rows: tuple[ReportRow, ...]
+    tables: dict[str, int] = Field(default_factory=dict)
 
     def row(self, ranker: str) -> ReportRow:
         """Results of the ranker of that name."""

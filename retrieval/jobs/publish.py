@@ -161,6 +161,7 @@ def publish_candidate(
         parent = registry.current()
     except NoSnapshotError:
         parent = None
+    report = {**report, "tables": candidate.info.training.get("tables", {})}
     table = candidate.built.table
     if table:
         report = {**report, "index_choice": [measured.model_dump(mode="json") for measured in table]}

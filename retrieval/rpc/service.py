@@ -308,6 +308,7 @@ def _embed(
         side = SideRows.joined(sides) if sides else None
         with metrics.stage("encode"):
             histories = gather_histories(events, starts, ends, times, serving.max_length, side, actions)
+            histories = serving.as_read(histories)
             embeddings[places], read[places] = serving.embed(histories), histories.main_lengths
     return list(zip(embeddings, read.tolist(), strict=True))
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval.data.sequences import gather_histories
-from retrieval.encoder.inference import embed_users
+from retrieval.encoder.inference import as_read, embed_users
 from retrieval.errors import SnapshotCorruptError
 from retrieval.histories.store import Series
 from retrieval.rpc.requests import ServingState
@@ -71,6 +71,10 @@ class ServingSnapshot:
     def embed(self, histories: JaggedBatch) -> NDArray[np.float32]:
         """User embeddings of histories that are not empty, float32 `[B, D]`."""
         return embed_users(self.snapshot.encoder, histories)
+
+    def as_read(self, histories: JaggedBatch) -> JaggedBatch:
+        """Histories as the encoder reads them."""
+        return as_read(self.snapshot.encoder, histories)
 
     def action_codes(self, names: list[str]) -> NDArray[np.uint8]:
         """Code of each action name, uint8; 0 for names that the snapshot does not know."""

@@ -78,7 +78,13 @@ class Learner:
         everything = config.negatives == "uniform" and config.num_negatives >= encoder.config.num_items
         kind = "full" if everything and not self.by_rows else config.negatives
         self._sampler = NegativeSampler(
-            kind, config.num_negatives, shared=config.shared_negatives, item_counts=item_counts
+            kind,
+            config.num_negatives,
+            shared=config.shared_negatives,
+            item_counts=item_counts,
+            # What nobody could choose was turned down by nobody: as negatives, items that wait for their first event
+            # would teach that whatever they share with each other, being new for instance, is not wanted.
+            pool=None if features is None else np.flatnonzero(item_counts),
         )
         self._average: AveragedModel | None = None
         if config.ema_decay is not None:

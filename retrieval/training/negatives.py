@@ -32,7 +32,7 @@ class NegativeSampler:
     """Draws negatives with replacement; R draws cost O(R log N) at most, whatever the catalogue.
 
     full: none are drawn, the loss runs over all items.
-    uniform: every item with chance 1/N.
+    uniform: every item with chance 1/N, or of `pool` alone.
     popularity: with chance (c + 1) / Σ (c + 1), c the item's training events.
     in-batch: from the step's own targets, repeats included, so by popularity over many steps: Q = c / Σ c (Yi et al.,
         "Sampling-bias-corrected neural modeling", RecSys 2019). A target without training events counts as one event.
@@ -44,12 +44,27 @@ class NegativeSampler:
         count: R, at least 1.
         shared: whether a step's positions share their negatives.
         item_counts: training events of each item, `[N]`.
+        pool: rows of the items that may be negatives, all targets among them, ascending int64; None for all. For "full"
+            and the uniform draws; the others draw by events anyway, or by one more than these.
     """
 
-    def __init__(self, kind: NegativeKind, count: int, *, shared: bool, item_counts: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        kind: NegativeKind,
+        count: int,
+        *,
+        shared: bool,
+        item_counts: NDArray[np.int64],
+        pool: NDArray[np.int64] | None = None,
+    ) -> None:
         self._kind, self._count, self._shared = kind, count, shared
-        self._items = len(item_counts)
-        uniform = torch.full((1,), 1 / self._items, dtype=torch.float64).expand(self._items)
+        items = len(item_counts)
+        self._pool = None if pool is None or len(pool) == items else torch.from_numpy(pool)
+        if self._pool is None:
+            uniform = torch.full((1,), 1 / items, dtype=torch.float64).expand(items)
+        else:
+            uniform = torch.zeros(items, dtype=torch.float64).index_fill(0, self._pool, 1 / len(self._pool))
+        self._choices = items if self._pool is None else len(self._pool)
         if kind in ("full", "uniform"):
             self._chances = uniform
         elif kind == "popularity":
@@ -69,7 +84,7 @@ class NegativeSampler:
         In-batch and mixed negatives need T ≥ 1.
         """
         if self._kind == "full":
-            return Negatives(rows=None)
+            return Negatives(rows=self._pool)
         shape = (self._count,) if self._shared else (len(targets), self._count)
         rows = self._rows(shape, targets, generator)
         return Negatives(
@@ -83,11 +98,15 @@ class NegativeSampler:
             events = torch.randint(int(self._ends[-1]), shape, generator=generator)
             return torch.searchsorted(self._ends, events, right=True)
         if self._kind == "uniform":
-            return torch.randint(self._items, shape, generator=generator)
+            return self._uniform(shape, generator)
         in_batch = targets[torch.randint(len(targets), shape, generator=generator)]
         if uniform := self._uniform_draws():
-            in_batch[..., :uniform] = torch.randint(self._items, (*shape[:-1], uniform), generator=generator)
+            in_batch[..., :uniform] = self._uniform((*shape[:-1], uniform), generator)
         return in_batch
+
+    def _uniform(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        drawn = torch.randint(self._choices, shape, generator=generator)
+        return drawn if self._pool is None else self._pool[drawn]
 
     def _uniform_draws(self) -> int:
         """How many of R draws are uniform beside those from the batch."""

@@ -29,6 +29,7 @@ from retrieval.training.config import TrainConfig
 from retrieval.training.learner import Learner, StepOutcome
 from retrieval.training.state import load_state, save_state
 from retrieval.training.stop import stop_request
+from retrieval.training.tables import table_sizes
 
 __all__ = ["TRAINING_STATE", "StepReport", "Validate", "train"]
 
@@ -167,7 +168,8 @@ def train(
     started_from: dict[str, Any] = {"initial": _fingerprint(initial if learned is None else learned)}
     if fresh is not None:
         started_from["fresh"] = fresh.model_dump()
-    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, started_from)
+    tables = table_sizes(dataset, encoder_config, config, counts)
+    run = _Run(dataset, split, encoder_config, config, run_dir, learner, validate, started_from, tables)
     if (run_dir / TRAINING_STATE).exists():
         run.load()
     with SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.progress.step) as log, stop_request() as request:
@@ -242,10 +244,12 @@ class _Run:
         learner: Learner,
         validate: Validate | None,
         started_from: Mapping[str, Any],
+        tables: Mapping[str, int],
     ) -> None:
         self.progress = _Progress()
         self._dataset, self._split, self._encoder_config, self._config = dataset, split, encoder_config, config
         self._run_dir, self._learner, self._validate = run_dir, learner, validate
+        self._tables = tables
         self._next_save = time.monotonic() + _STATE_SECONDS
         self._settings: dict[str, Any] = {
             "encoder": encoder_config.model_dump(),
@@ -322,6 +326,6 @@ class _Run:
             kinds=self._dataset.info.kinds,
             dataset=self._dataset.info.fingerprint,
             split=self._split.info.model_dump(),
-            training=self._settings["training"] | {"steps": self.progress.step} | found,
+            training=self._settings["training"] | {"steps": self.progress.step, "tables": self._tables} | found,
         )
         save_checkpoint(self._run_dir, encoder, info)

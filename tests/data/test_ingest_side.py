@@ -36,6 +36,34 @@ def small(folder: Path, features: FeatureSchema = FEATURES) -> Dataset:
     return ingest(log, folder / "data", users=users, user_schema=COLUMNS, features=features)
 
 
+@pytest.mark.parametrize(
+    ("most", "items", "events", "left_out"),
+    [(4, [10, 20, 30, 77], 8, {}), (3, [10, 30, 77], 5, {"items_left_out": 1, "events_of_items_left_out": 3})],
+)
+def test_of_more_items_than_allowed_those_met_longest_ago_are_left_out(
+    tmp_path: Path, most: int, items: list[int], events: int, left_out: dict[str, int]
+) -> None:
+    """Item 77 is only in the items' file and counts as new; 30 was met last, 20 longest ago."""
+    log, people = write(tmp_path / "log.csv", LOG), write(tmp_path / "users.dat", USERS)
+    described = write(tmp_path / "items.csv", "item_id,title\n77,new\n20,old\n")
+    features = FEATURES.model_copy(update={"max_items": most})
+    dataset = ingest(log, tmp_path / "data", items=described, users=people, user_schema=COLUMNS, features=features)
+    assert dataset.vocabulary.ids.to_pylist() == items
+    assert dataset.info.events == events
+    assert {name: count for name, count in dataset.info.repairs.items() if "left_out" in name} == left_out
+    assert dataset.vocabulary.attributes["title"].to_pylist() == [{77: "new", 20: "old"}.get(item) for item in items]
+    side = dataset.side(np.arange(2), dataset.offsets[1:])
+    assert side is not None
+    assert side.context.tolist() == [[1, 0], [2, 1]]
+
+
+def test_items_that_stay_must_have_events(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", LOG)
+    described = write(tmp_path / "items.csv", "item_id,title\n77,new\n78,new\n")
+    with pytest.raises(DataError, match="max_items: the 2 items that stay have no events; 5 are known"):
+        ingest(log, tmp_path / "data", items=described, features=FeatureSchema(max_items=2))
+
+
 def events_of(dataset: Dataset, user: int, end: int) -> list[tuple[str, str, int]]:
     side = dataset.side(np.array([user]), np.array([end]))
     assert side is not None

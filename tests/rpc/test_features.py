@@ -1,6 +1,7 @@
 """Context, auxiliary series and asked actions over the wire: read as training reads them, never an error."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from retrieval.data.sequences import gather_training
+from retrieval.data.sequences import gather_histories, gather_training, user_histories
+from retrieval.encoder.config import HSTUConfig
+from retrieval.encoder.hstu import HSTUEncoder
+from retrieval.encoder.inference import as_read, embed_users
 from retrieval.errors import InvalidRequestError, SnapshotCorruptError
 from retrieval.histories.fill import fill_histories
 from retrieval.histories.recorded import open_histories
@@ -88,6 +92,36 @@ def sent(rich: World, user: int, end: int) -> History:
         kind, row = KINDS[side.kinds[at] - 1], int(side.values[at])
         series[kind.name] += 2 * [(int(side.timestamps[at]), kind.values[row - 1] if row else "mars")]
     return History(plain.items[:end], plain.timestamps[:end], plain.actions[:end], context, series)
+
+
+def test_histories_of_sixteen_thousand_events_are_served_inline_and_stored(tmp_path: Path) -> None:
+    """Through the limits on requests, read by a model that looks at some of them."""
+    length, rng = 16_000, np.random.default_rng(0)
+    events = [(int(item), 1, START + 60 * place) for place, item in enumerate(rng.integers(0, 300, length))]
+    dataset = write_dataset(tmp_path / "d", [events, events[:3]], string_ids())
+    shape = {"max_length": length, "read_length": 64, "read": "spread"}
+    config = HSTUConfig.model_validate(make_encoder().config.model_dump() | shape)
+    torch.manual_seed(0)
+    encoder = HSTUEncoder(config).eval()
+    registry = Registry(tmp_path / "registry")
+    publish(registry, dataset, encoder)
+    users, ends = np.array([0]), np.array([length])
+    histories = gather_histories(dataset.events, np.array([0]), ends, np.array([LATER]), length)
+    places = as_read(encoder, histories).timestamps
+    assert len(places) == 64
+    # Half of them are the last 32, the others lie evenly among the 15,968 before.
+    assert (np.diff((places - START) // 60) == [499] * 31 + [250] + [1] * 31).all()
+    expected = embed_users(encoder, user_histories(dataset, users, ends, np.array([LATER]), length))[0]
+    ids = dataset.vocabulary.ids_of(dataset.events.items[:length].astype(np.int64))
+    inline = History(ids, dataset.events.timestamps[:length].tolist(), ["like"] * length)
+    with closing(open_histories(str(tmp_path / "h"), 16_000)) as stored:
+        fill_histories(dataset, stored)
+        server = ServerConfig(registry=registry.location, port=0)
+        with running_server(server, stored) as address, RetrievalClient(address, timeout=20) as client:
+            found = client.embed_users([inline, StoredUser(0)], request_time=LATER)
+    assert found.events_read == [64, 64]
+    for place in range(2):
+        np.testing.assert_allclose(found.embedding(place), expected, atol=1e-5)
 
 
 def test_a_served_sequence_is_the_trained_one_token_for_token(rich: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,13 @@ from retrieval.data.dataset import Dataset
 from retrieval.data.item_features import ItemFeatureSchema, item_features
 from retrieval.data.splits import SplitInfo, split_dataset
 from retrieval.data.vocabulary import Vocabulary
+from retrieval.encoder.build import build_encoder
 from retrieval.encoder.config import HSTUConfig
 from retrieval.encoder.inference import item_vectors
+from retrieval.training.batches import Batches
 from retrieval.training.config import TrainConfig
 from retrieval.training.item_table import ItemTable
+from retrieval.training.learner import Learner
 from retrieval.training.trainer import train
 from tests.support import write_dataset
 
@@ -64,6 +67,28 @@ def test_an_item_without_features_keeps_its_id(tmp_path: Path) -> None:
     made = table(ids, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(made[:WARM], ids[:WARM])
     assert all(any(torch.equal(row, shared) for shared in table.weight) for row in made[WARM:])
+
+
+@pytest.mark.parametrize("negatives", ["full", "uniform"])
+def test_items_that_wait_for_their_first_event_are_nobodys_negatives(tmp_path: Path, negatives: str) -> None:
+    """So what they alone have, as new items do, learns nothing from being turned down."""
+    dataset = grouped(tmp_path / "d")
+    fresh = pa.array([f"g{item % GROUPS}" if item < WARM else "new" for item in range(WARM + COLD)])
+    Vocabulary(dataset.vocabulary.ids, {"group": fresh}).save(tmp_path / "d" / "vocabulary.arrow")
+    dataset = Dataset(tmp_path / "d")
+    config = TrainConfig.model_validate({"negatives": negatives, "num_negatives": 30, "item_features": SCHEMA})
+    features = item_features(dataset.vocabulary, SCHEMA, dataset.item_counts)
+    shape = HSTUConfig(num_items=WARM + COLD, max_length=8, width=16, qk_dim=16, v_dim=16, num_layers=1)
+    learner = Learner(build_encoder(shape), config, dataset.item_counts, 10, features)
+    batches = Batches(
+        dataset, split_dataset(dataset, SplitInfo(protocol="all")), config, objective="next", max_length=8
+    )
+    table = next(tensor for name, tensor in learner.tensors().items() if name.endswith("1.weight"))
+    new, old = features.features[-1], features.features[0]
+    before = table.clone()
+    learner.step(next(batches.from_step(0))[1], 0)
+    assert torch.equal(table[new], before[new])
+    assert not torch.equal(table[old], before[old])
 
 
 def with_vectors(folder: Path) -> Dataset:

@@ -41,6 +41,27 @@ def test_items_are_drawn_as_often_as_the_sampler_says(kind: NegativeKind) -> Non
             assert float(said) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["full", "uniform", "mixed"])
+def test_of_a_pool_alone_negatives_are_drawn(kind: NegativeKind) -> None:
+    pool = np.flatnonzero(COUNTS)
+    sampler = NegativeSampler(kind, 4000, shared=True, item_counts=COUNTS, pool=pool)
+    drawn = sampler.draw(TARGETS, torch.Generator().manual_seed(0))
+    assert drawn.rows is not None
+    assert set(drawn.rows.tolist()) == {0, 1, 3, 4, 5}
+    if kind == "full":
+        assert drawn.rows.tolist() == pool.tolist()
+    if kind == "uniform":
+        assert drawn.log_expected is not None
+        assert drawn.target_log_expected is not None
+        torch.testing.assert_close(drawn.log_expected.exp(), torch.full((4000,), 800.0))
+        torch.testing.assert_close(drawn.target_log_expected.exp(), torch.full((4,), 800.0))
+
+
+def test_a_pool_of_everything_is_none() -> None:
+    sampler = NegativeSampler("full", 9, shared=True, item_counts=COUNTS, pool=np.arange(6))
+    assert sampler.draw(TARGETS, torch.Generator()).rows is None
+
+
 def test_the_same_generator_draws_the_same() -> None:
     sampler = NegativeSampler("mixed", 50, shared=False, item_counts=COUNTS)
     first, second = (sampler.draw(TARGETS, torch.Generator().manual_seed(9)).rows for _ in range(2))
