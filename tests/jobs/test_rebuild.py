@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,16 @@ def test_weights_that_are_not_numbers_are_refused(
     assert not refused(root, root / "log", capsys)["norms"]
 
 
-def test_an_index_that_finds_too_little_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_that_finds_too_little_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poor(*what: Any, **more: Any) -> Candidate:
+        return replace(build_candidate(*what, **more), ann_recall=0.9)
+
+    monkeypatch.setattr(module, "build_candidate", poor)
     write_log(root / "log", 5)
-    # One of eight cells is looked at: most of what exact search finds lies in the others.
-    gates = refused(root, root / "log", capsys, "--index", "IVF8,Flat", "--search", "nprobe=1")
-    assert not gates["ann-recall"]
-    assert all(gates[name] for name in ("recall@50", "ndcg@50", "norms", "catalogue"))
+    gates = refused(root, root / "log", capsys)
+    assert [gate for gate, passed in gates.items() if not passed] == ["ann-recall"]
 
 
 def test_old_snapshots_leave_but_the_live_one_stays(root: Path) -> None:
