@@ -38,6 +38,7 @@ from retrieval.index.spec import IndexSpec
 
 RESULTS = Path(__file__).parent / "results" / "ann.csv"
 K, TARGETS, ROUNDING = 100, (0.9, 0.95, 0.99), 1e-5
+_WORTH_A_ROW = 0.8
 BATCHES = (1, 8, 64, 256)
 # Of this process before anything of ours runs.
 FAISS_THRESHOLD = faiss.cvar.distance_compute_blas_threshold
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
+    parser.add_argument("--skip", nargs="*", default=[], help="beginnings of factory strings of ours not to build")
     parser.add_argument("--quick", action="store_true", help="5,000 items, no rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
@@ -81,9 +83,12 @@ def main() -> None:
         if importlib.util.find_spec(library if library in RIVALS else "faiss") is None:
             print(f"{library}: is not installed, no rows", flush=True)
             continue
-        for curve in LIBRARIES[library](items, parsed.threads):
+        skipped = (tuple(parsed.skip),) if library == "ours" else ()
+        for curve in LIBRARIES[library](items, parsed.threads, *skipped):
             for setting in curve:
                 row = _measure(setting, items, queries, thresholds, parsed.threads, name)
+                if row is None:
+                    continue
                 print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
                 if not parsed.quick:
                     append_rows(parsed.out, [row | environment(torch.device("cpu"))])
@@ -130,7 +135,8 @@ def _thresholds(items: Vectors, queries: Vectors) -> Vectors:
 
 def _measure(
     setting: Setting, items: Vectors, queries: Vectors, thresholds: Vectors, threads: int, name: str
-) -> dict[str, object]:
+) -> dict[str, object] | None:
+    """A row; None where recall is too low to be of interest."""
     rows = np.concatenate([setting.search(queries[start : start + 256]) for start in range(0, len(queries), 256)])
     if rows.shape != (len(queries), K) or any(len(set(row[row >= 0])) < (row >= 0).sum() for row in rows):
         raise WrongAnswerError(f"{setting.library} {setting.index}: answers are not {K} different items")
@@ -138,6 +144,8 @@ def _measure(
     recall = float(((scores >= thresholds[:, None] - ROUNDING) & (rows >= 0)).mean())
     if setting.index == "Flat" and recall < 1 - ROUNDING:
         raise WrongAnswerError(f"{setting.library}: exact search has recall {recall}")
+    if recall < _WORTH_A_ROW:
+        return None
     rates = {batch: _rate(setting.search, queries, batch) for batch in BATCHES}
     fractions: dict[str, object] = {"single_of_limit": "", "batch_of_limit": ""}
     if setting.index == "Flat":
@@ -174,7 +182,7 @@ PROBES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512,
 EFFORTS = (100, 150, 200, 300, 400, 600, 800, 1600)
 
 
-def _ours(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
+def _ours(items: Vectors, threads: int, skip: tuple[str, ...] = ()) -> Iterator[Iterator[Setting]]:
     """Indexes as `retrieval.index` builds them: the candidates of `auto`."""
     lists = min(int(2 ** np.round(np.log2(4 * np.sqrt(len(items))))), len(items) // 39)
     codes = items.shape[1] // 2
@@ -186,6 +194,8 @@ def _ours(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
         ("HNSW32", [{"efSearch": float(n)} for n in EFFORTS]),
     ]
     for factory, searches in kinds:
+        if factory.startswith(skip):
+            continue
         begun = time.perf_counter()
         index = build_index(items, IndexSpec(factory=factory))
         seconds = time.perf_counter() - begun
@@ -332,7 +342,7 @@ def _scann(items: Vectors, threads: int) -> Iterator[Iterator[Setting]]:
 
 
 RIVALS = ("hnswlib", "usearch", "scann", "svs")
-LIBRARIES: dict[str, Callable[[Vectors, int], Iterator[Iterator[Setting]]]] = {
+LIBRARIES: dict[str, Callable[..., Iterator[Iterator[Setting]]]] = {
     "ours": _ours,
     "faiss": _faiss,
     "hnswlib": _hnswlib,

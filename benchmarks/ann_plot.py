@@ -17,24 +17,25 @@ STYLES = {"ours": "-", "ours, Searcher": "--"}
 
 
 def main() -> None:
-    """One PNG for each data set: one query at a time, and batches of 256."""
+    """One PNG for each data set: one query at a time, and batches of 256; one thread, the machine of its latest row."""
     folder = Path(sys.argv[1])
     with RESULTS.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for data in dict.fromkeys(row["data"] for row in rows):
+        every = [row for row in csv.DictReader(file) if row["threads"] == "1"]
+    for data, machine in {row["data"]: row["hardware"] for row in every}.items():
+        rows = [row for row in every if (row["data"], row["hardware"]) == (data, machine)]
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
         colours: dict[str, str] = {}
         for row in rows:
             index = row["index"] if row["library"].startswith("ours") else row["library"]
             colours.setdefault(index, f"C{len(colours) % 10}")
         for axis, batch in zip(axes, (1, 256), strict=True):
-            curves = dict.fromkeys((row["library"], row["index"]) for row in rows if row["data"] == data)
+            curves = dict.fromkeys((row["library"], row["index"]) for row in rows)
             for library, index in curves:
                 points = _front(
                     [
                         (float(row["recall"]), float(row[f"queries_per_second_{batch}"]))
                         for row in rows
-                        if (row["data"], row["library"], row["index"]) == (data, library, index)
+                        if (row["library"], row["index"]) == (library, index)
                     ]
                 )
                 name = index if library.startswith("ours") else library
@@ -42,12 +43,12 @@ def main() -> None:
                 style = STYLES.get(library, ":")
                 marker = "s" if index == "Flat" else "o"
                 axis.plot(*zip(*points, strict=True), style, color=colours[name], marker=marker, ms=3.5, label=label)
-            axis.set(xlabel="recall@100", yscale="log", xlim=(0.6, 1.005), title=f"batches of {batch}")
+            axis.set(xlabel="recall@100", yscale="log", xlim=(0.8, 1.004), title=f"batches of {batch}")
             axis.grid(which="both", alpha=0.25)
         axes[0].set_title("one query at a time")
         axes[0].set_ylabel("queries per second, one thread")
         axes[1].legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        figure.suptitle(data)
+        figure.suptitle(f"{data}, {machine}")
         target = folder / f"ann-{data.split()[0]}.png"
         figure.savefig(target, dpi=110)
         print(target)

@@ -35,12 +35,14 @@ class Load:
     Attributes:
         seconds: from the first call that was due to the last answer.
         latencies: seconds of each answered call.
+        refused: seconds of each call that ended with RESOURCE_EXHAUSTED, from when it was sent.
         codes: failed calls by gRPC status.
         cpu_seconds: of the generator.
     """
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
     codes: Counter[str] = field(default_factory=Counter)
     cpu_seconds: float = 0.0
 
@@ -73,9 +75,17 @@ class Generator:
         """So many callers for so long."""
         return self._pool.submit(_closed, address, method, messages, callers, seconds).result()
 
-    def open(self, address: str, method: str, messages: Sequence[bytes], rate: float, seconds: float) -> Load:
-        """`rate` calls per second for so long."""
-        return self._pool.submit(_open, address, method, messages, rate, seconds).result()
+    def open(
+        self,
+        address: str,
+        method: str,
+        messages: Sequence[bytes],
+        rate: float,
+        seconds: float,
+        timeout: float = _TIMEOUT,
+    ) -> Load:
+        """`rate` calls per second for so long, each with this deadline."""
+        return self._pool.submit(_open, address, method, messages, rate, seconds, timeout).result()
 
 
 @contextmanager
@@ -102,7 +112,11 @@ def _answers(address: str, method: str, messages: Sequence[bytes]) -> list[bytes
 
 
 async def _measured(
-    address: str, method: str, messages: Sequence[bytes], send: Callable[[_Call, float], Awaitable[None]]
+    address: str,
+    method: str,
+    messages: Sequence[bytes],
+    send: Callable[[_Call, float], Awaitable[None]],
+    timeout: float = _TIMEOUT,
 ) -> Load:
     load = Load()
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
@@ -110,13 +124,15 @@ async def _measured(
         await channel.channel_ready()
 
         async def call(number: int, due: float | None) -> None:
-            begun = time.perf_counter() if due is None else due
+            sent = time.perf_counter()
             try:
-                await ask(messages[number % len(messages)], timeout=_TIMEOUT)
+                await ask(messages[number % len(messages)], timeout=timeout)
             except grpc.aio.AioRpcError as error:
                 load.codes[error.code().name] += 1
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    load.refused.append(time.perf_counter() - sent)
             else:
-                load.latencies.append(time.perf_counter() - begun)
+                load.latencies.append(time.perf_counter() - (sent if due is None else due))
 
         begun, cpu = time.perf_counter(), time.process_time()
         await send(call, begun)
@@ -136,7 +152,7 @@ def _closed(address: str, method: str, messages: Sequence[bytes], callers: int, 
     return _run(lambda: _measured(address, method, messages, send))
 
 
-def _open(address: str, method: str, messages: Sequence[bytes], rate: float, seconds: float) -> Load:
+def _open(address: str, method: str, messages: Sequence[bytes], rate: float, seconds: float, timeout: float) -> Load:
     async def send(call: _Call, begun: float) -> None:
         calls: set[asyncio.Task[None]] = set()
         number = 0
@@ -150,4 +166,4 @@ def _open(address: str, method: str, messages: Sequence[bytes], rate: float, sec
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
         await asyncio.gather(*calls)
 
-    return _run(lambda: _measured(address, method, messages, send))
+    return _run(lambda: _measured(address, method, messages, send, timeout))

@@ -1,12 +1,15 @@
 """Speed of the service beside an empty one and a plain one: a table row per catalogue, kind of query, server and load.
 
-    python -m benchmarks.serving [--items 4000 100000 1000000] [--seconds 5] [--rounds 3] [--quick] [--note TEXT]
+    python -m benchmarks.serving [--items 4000 100000 1000000] [--seconds 5] [--rounds 3] [--milvus PYTHON] [--quick]
 
 Three servers, each a process of its own, answer the same messages from a process of its own (`benchmarks.load`):
 
     ours    `retrieval serve` as it comes
     empty   reads the message and sends a made-up answer of the same size: what Python's gRPC leaves to be reached
     plain   what one writes first: threads that each encode and search one call, with the same encoder and index
+
+With --milvus, embeddings are also asked of milvus-lite by a Python that has it (`benchmarks.serving_milvus`), which
+answers in its caller's process: its CPU time is both sides', and it has no open loop.
 
 Queries are embeddings, or histories of 200 events that an encoder of 2 layers of width 50 reads; 100 items are asked
 for. Up to 100 thousand items the index is exact, beyond that inverted lists. Every answer of a sample must be that of
@@ -20,10 +23,12 @@ Rounds alternate between the servers, so that other work of the machine hits the
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +47,7 @@ from benchmarks.harness import append_rows, environment
 from benchmarks.load import Generator, Load, generator
 from benchmarks.serving_world import EVENTS, K, Queries, check, make_queries, publish_world
 from retrieval.data.sequences import gather_histories
-from retrieval.encoder.inference import embed_users
+from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.server import SERVICE, ServerConfig, run_server
 from retrieval.snapshot.registry import Registry
@@ -234,10 +239,52 @@ def measure(
     return rows
 
 
+def measure_milvus(
+    python: Path, snapshot: Snapshot, queries: Queries, seconds: float, empty: float
+) -> list[dict[str, object]]:
+    """Rows of milvus-lite under embeddings; `empty` is the empty server's rate in this run.
+
+    Raises:
+        WrongAnswerError: it does not answer as exact search does.
+        CalledProcessError: it cannot run.
+    """
+    ids, is_exact = snapshot.vocabulary.ids.to_numpy(), snapshot.manifest.index.factory == "Flat"
+    index = "FLAT" if is_exact else "IVF_FLAT"
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "vectors.npy", item_vectors(snapshot.encoder))
+        np.save(Path(folder) / "queries.npy", queries.embeddings)
+        script = Path(__file__).with_name("serving_milvus.py")
+        command = [str(python), str(script), folder, index, str(_CALLERS), str(math.ceil(seconds)), str(K)]
+        printed = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+    answers = []
+    for hits in printed["answers"]:
+        rows, scores = zip(*hits, strict=True)
+        answer = pb.RetrieveResponse(scores=scores, source=pb.SOURCE_MODEL)
+        answer.items.integers.values.extend(ids[list(rows)].tolist())
+        answers.append(answer.SerializeToString())
+    check(f"milvus-lite, {len(ids)} items", snapshot, queries, answers)
+    table: list[dict[str, object]] = []
+    for load in ("closed", "single"):
+        figures = printed[load]
+        row: dict[str, object] = {
+            "query": "embedding",
+            "items": len(ids),
+            "index": index,
+            "server": "milvus",
+            "load": load,
+        }
+        row |= {"offered_per_s": math.nan, "calls_per_s": figures["rate"]}
+        row |= {f"{name}_ms": 1000 * figures[name] for name in ("p50", "p99", "p999")}
+        row |= {"failed": 0, "server_cpu_us": 1e6 * figures["cpu"], "client_cpu_us": math.nan}
+        table.append({**row, "share_of_empty": figures["rate"] / empty if load == "closed" else math.nan})
+        print(_line(table[-1]), flush=True)
+    return table
+
+
 def _line(row: dict[str, Any]) -> str:
     share = f", {row['share_of_empty']:.0%} of empty" if row["load"] == "closed" else ""
     return (
-        f"{row['query']:9} {row['items']:8} {row['server']:5} {row['load']:6} "
+        f"{row['query']:9} {row['items']:8} {row['server']:6} {row['load']:6} "
         f"{row['calls_per_s']:7.0f} calls/s{share}, "
         f"p50 {row['p50_ms']:.2f} p99 {row['p99_ms']:.2f} p99.9 {row['p999_ms']:.2f} ms, "
         f"CPU {row['server_cpu_us']:.0f} µs a call (client {row['client_cpu_us']:.0f}), {row['failed']} failed"
@@ -251,6 +298,7 @@ def main() -> None:
     parser.add_argument("--queries", nargs="+", choices=["embedding", "history"], default=["embedding", "history"])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--milvus", type=Path, metavar="PYTHON", help="a Python with pymilvus and milvus-lite")
     parser.add_argument("--quick", action="store_true", help="4 000 items, one short round, nothing appended")
     parser.add_argument("--folder", type=Path, help="where catalogues are kept for another run (default: nowhere)")
     parser.add_argument("--note", default="", help="kept in the table")
@@ -266,6 +314,10 @@ def main() -> None:
             snapshot = _live(path)
             for kind in parsed.queries:
                 rows += measure(snapshot, path, kind, sender, parsed.seconds, parsed.rounds)
+                if kind == "embedding" and parsed.milvus is not None:
+                    of_empty = [row for row in rows if row["server"] == "empty" and row["load"] == "closed"]
+                    empty = float(str(of_empty[-1]["calls_per_s"]))
+                    rows += measure_milvus(parsed.milvus, snapshot, make_queries(snapshot, kind), parsed.seconds, empty)
     if not parsed.quick:
         tail = {"callers": _CALLERS, "k": K, "grpc": grpc.__version__, **environment(torch.device("cpu"))}
         append_rows(_RESULTS, [{**row, **tail, "cores": os.cpu_count(), "note": parsed.note} for row in rows])

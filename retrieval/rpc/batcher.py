@@ -64,7 +64,7 @@ class Batcher(Generic[_Job, _Answer]):
         # wherever it stands. No queue is empty.
         self._queues: dict[str, dict[asyncio.Future[_Answer], _Waiting[_Job]]] = {}
         self._client_capacity = client_capacity if client_capacity is not None else capacity
-        self._in_hand: Counter[str] = Counter()
+        self._in_hand, self._total = Counter[str](), 0
         self._busy = False
         self._began = 0.0
         self._batch_seconds: float | None = None
@@ -77,7 +77,7 @@ class Batcher(Generic[_Job, _Answer]):
     @property
     def in_hand(self) -> int:
         """Calls that hold a slot."""
-        return self._in_hand.total()
+        return self._total
 
     @contextmanager
     def slot(self, client: str = "", calls: int = 1) -> Iterator[None]:
@@ -98,9 +98,11 @@ class Batcher(Generic[_Job, _Answer]):
                 self._batch_seconds,
             )
         self._in_hand[client] += calls
+        self._total += calls
         try:
             yield
         finally:
+            self._total -= calls
             self._in_hand[client] -= calls
             if not self._in_hand[client]:
                 del self._in_hand[client]
@@ -167,8 +169,12 @@ class Batcher(Generic[_Job, _Answer]):
             self._busy = False
             return
         self._began = loop.time()
-        running = loop.run_in_executor(self._worker, self._run_each_safely, jobs)
-        running.add_done_callback(lambda done: self._finish(loop, futures, done))
+        # Not by `run_in_executor`, whose futures around futures take the loop longer than a batch's own book-keeping.
+        self._worker.submit(self._work, loop, futures, jobs)
+
+    def _work(self, loop: asyncio.AbstractEventLoop, futures: list[asyncio.Future[_Answer]], jobs: list[_Job]) -> None:
+        """Run a batch, on the worker thread."""
+        loop.call_soon_threadsafe(self._finish, loop, futures, self._run_each_safely(jobs))
 
     def _take(self, now: float) -> tuple[list[asyncio.Future[_Answer]], list[_Job]]:
         futures: list[asyncio.Future[_Answer]] = []
@@ -204,12 +210,12 @@ class Batcher(Generic[_Job, _Answer]):
         self,
         loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[_Answer]],
-        running: "asyncio.Future[Sequence[_Answer | Exception]]",
+        answers: Sequence[_Answer | Exception],
     ) -> None:
         seconds = loop.time() - self._began
         before = self._batch_seconds if self._batch_seconds is not None else seconds
         self._batch_seconds = before + _LATEST * (seconds - before)
-        for future, answer in zip(futures, running.result(), strict=True):
+        for future, answer in zip(futures, answers, strict=True):
             if future.done():
                 continue
             if isinstance(answer, Exception):

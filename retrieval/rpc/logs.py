@@ -54,6 +54,11 @@ class _Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def _is_no_callers_doing(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC's own is news: callers that hang up, or send headers that are no text, are not."""
+    return not str(record.msg).startswith(("ExecuteBatchError", "Invalid encoding"))
+
+
 def set_up_logs(kind: LogFormat, level: str = "INFO") -> None:
     """Send this process's logs to standard error.
 
@@ -63,4 +68,6 @@ def set_up_logs(kind: LogFormat, level: str = "INFO") -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Json() if kind == "json" else _Text())
+    # With a traceback for each call, and the caller's bytes in it.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_callers_doing)
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -35,14 +35,16 @@ class Metrics:
             "retrieval_calls", "Calls that ended, by gRPC status.", ["method", "code"], registry=self.registry
         )
         self._call_seconds = Histogram(
-            "retrieval_call_seconds", "From request bytes to answer.", ["method"], buckets=_SECONDS,
-            registry=self.registry,
+            "retrieval_call_seconds", "From request bytes to answer or refusal, by gRPC status.", ["method", "code"],
+            buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         stages = Histogram(
             "retrieval_stage_seconds", "Time by stage: encode and search per batch, the others per call.", ["stage"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         # Looked up once: `labels` costs more than the observation.
+        self._ended: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._rejected: dict[str, Counter] = {}
         self._stages = {stage: stages.labels(stage) for stage in _STAGES}
         self._batch_sizes = Histogram(
             "retrieval_batch_size", "Calls per batch.", buckets=_BATCH_SIZES, registry=self.registry
@@ -58,6 +60,11 @@ class Metrics:
         self.waiting = Gauge("retrieval_waiting_calls", "Calls that wait for the worker.", registry=self.registry)
         self.in_hand = Gauge("retrieval_calls_in_hand", "Calls admitted and not yet answered.", registry=self.registry)
         self._snapshot = Gauge("retrieval_snapshot", "1 for the live snapshot.", ["version"], registry=self.registry)
+        loads = Counter(
+            "retrieval_snapshot_loads", "Snapshots that took over, and those that could not be loaded.", ["result"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._loaded, self._refused = loads.labels("loaded"), loads.labels("refused")
         self._created = math.nan
         age = Gauge("retrieval_snapshot_age_seconds", "Since the live snapshot was written.", registry=self.registry)
         age.set_function(lambda: time.time() - self._created)
@@ -81,12 +88,18 @@ class Metrics:
 
     def call(self, method: str, code: str, seconds: float) -> None:
         """A call ended with the gRPC status of this name."""
-        self._calls.labels(method, code).inc()
-        self._call_seconds.labels(method).observe(seconds)
+        ended = self._ended.get((method, code))
+        if ended is None:
+            ended = self._calls.labels(method, code), self._call_seconds.labels(method, code)
+            self._ended[method, code] = ended
+        ended[0].inc()
+        ended[1].observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """A call was refused; `reason` as in its ErrorInfo."""
-        self._rejections.labels(reason).inc()
+        if reason not in self._rejected:
+            self._rejected[reason] = self._rejections.labels(reason)
+        self._rejected[reason].inc()
 
     def recall(self, share: float) -> None:
         """A sampled answer holds this share of what exact search finds."""
@@ -98,6 +111,11 @@ class Metrics:
 
     def snapshot(self, version: str, created: str) -> None:
         """Another snapshot is live; `created` is ISO 8601, UTC."""
+        self._loaded.inc()
         self._created = datetime.fromisoformat(created).timestamp()
         self._snapshot.clear()
         self._snapshot.labels(version).set(1)
+
+    def snapshot_refused(self) -> None:
+        """A snapshot could not be loaded."""
+        self._refused.inc()

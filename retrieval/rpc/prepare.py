@@ -3,6 +3,7 @@
 Fields in messages carry the names that they have in `retrieval.proto`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -188,7 +189,7 @@ def prepare_retrieve(
         serving=serving,
         user=prepared,
         k=request.k,
-        excluded=np.unique(excluded[excluded >= 0]),
+        excluded=np.unique(excluded[excluded >= 0]) if len(excluded) else excluded,
         include_titles=request.include_titles,
         filter=request.filter,
         exact=request.exact,
@@ -382,10 +383,10 @@ def _unit(serving: ServingSnapshot, embedding: Embedding) -> NDArray[np.float32]
     width = serving.snapshot.searcher.width
     if len(values) != width:
         raise InvalidRequestError("embedding.values", f"has {len(values)} numbers; the snapshot's width is {width}")
-    if not np.isfinite(values).all():
+    length = math.sqrt(values @ values)
+    if not math.isfinite(length):
         place = int((~np.isfinite(values)).argmax())
         raise InvalidRequestError(f"embedding.values[{place}]", f"{values[place]} is not a finite number")
-    length = float(np.linalg.norm(values))
     if length == 0:
         raise InvalidRequestError("embedding.values", "are all zero, which points nowhere")
     return (values / length).astype(np.float32)

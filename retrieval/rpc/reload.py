@@ -31,6 +31,7 @@ class Reloader:
         device: where encoders run.
         poll_seconds: mean time between two looks at the registry.
         on_change: awaited after each change of the live snapshot.
+        on_refusal: called each time that a snapshot could not be loaded.
         prepare_thread: called on the loading thread before its first load.
     """
 
@@ -41,10 +42,12 @@ class Reloader:
         device: str = "cpu",
         poll_seconds: float = 5.0,
         on_change: Callable[[ServingSnapshot], Awaitable[None]] | None = None,
+        on_refusal: Callable[[], None] | None = None,
         prepare_thread: Callable[[], None] | None = None,
     ) -> None:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-snapshot", initializer=prepare_thread)
-        self._registry, self._device, self._poll_seconds, self._on_change = registry, device, poll_seconds, on_change
+        self._registry, self._device, self._poll_seconds = registry, device, poll_seconds
+        self._on_change, self._on_refusal = on_change, on_refusal
         # Of its own: a program's seeded global generator is not ours to advance.
         self._random = random.Random()
         self._live: ServingSnapshot | None = None
@@ -150,6 +153,8 @@ class Reloader:
             self._failures = self._failures + 1 if version == self._failed_version else 1
             self._failed_version = version
             self._polls_to_skip = min(2 ** (self._failures - 1), _LONGEST_PAUSE) - 1
+            if self._on_refusal is not None:
+                self._on_refusal()
             self._complain(error)
             return
         await self._take(loaded)

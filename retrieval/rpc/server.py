@@ -1,6 +1,7 @@
 """The gRPC server: decoding and checking on the event loop, encoding and searching on one worker thread."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,10 @@ _log = logging.getLogger(__name__)
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RetrievalService"]
 SERVICE: str = _DESCRIPTOR.full_name
 
+# Calls that one connection may have open beyond the server's capacity, to be refused; what is more waits in its client.
+# They are in line before the event loop: were they thousands, each would be past its deadline when its turn comes.
+_STREAMS_BEYOND = 32
+
 # Threads that wait for the history store, which may block on a disk.
 _LOOKUP_THREADS = 4
 
@@ -104,6 +109,7 @@ class Server:
             device=config.device,
             poll_seconds=config.poll_seconds,
             on_change=self._announce,
+            on_refusal=self._metrics.snapshot_refused,
             # Loading may take its time; the calls beside it may not.
             prepare_thread=partial(_limit_threads, 1),
         )
@@ -114,7 +120,17 @@ class Server:
 
     def _open(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> tuple[Port, Port | None, Port | None]:
         """The ports of calls, of health and of the admin service."""
-        config, options = self._config, [("grpc.max_receive_message_length", self._config.max_message_bytes)]
+        config, silence = self._config, round(1000 * self._config.keepalive_seconds)
+        options = [
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            # A peer that is gone without a word, or takes nothing, is noticed by its silence.
+            ("grpc.keepalive_time_ms", silence),
+            ("grpc.keepalive_timeout_ms", silence),
+            ("grpc.http2.ping_timeout_ms", silence),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # Answers that nobody reads lie in memory, too.
+            ("grpc.max_concurrent_streams", config.capacity + _STREAMS_BEYOND),
+        ]
         credentials = server_credentials(config.tls) if config.tls is not None else None
 
         def handlers(service: ServiceDescriptor, methods: dict[str, Method], file: Path | None) -> Any:
@@ -226,9 +242,10 @@ class Server:
         }
 
     async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        start = time.perf_counter()
-        request = retrieve_request_from(parsed(pb.RetrieveRequest, content))
-        answer, serving = await self._answer(request, context, start, client)
+        def decode() -> RetrieveRequest:
+            return retrieve_request_from(parsed(pb.RetrieveRequest, content))
+
+        answer, serving = await self._answer(decode, context, client)
         assert isinstance(answer, Retrieved)
         with self._metrics.stage("answer"):
             return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
@@ -271,19 +288,20 @@ class Server:
         return answer
 
     async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        start = time.perf_counter()
-        request = embed_request_from(parsed(pb.EmbedUsersRequest, content))
-        answer, _ = await self._answer(request, context, start, client)
+        def decode() -> EmbedRequest:
+            return embed_request_from(parsed(pb.EmbedUsersRequest, content))
+
+        answer, _ = await self._answer(decode, context, client)
         assert isinstance(answer, Embedded)
         with self._metrics.stage("answer"):
             return embedded_to(answer).SerializeToString()
 
     async def _record_events(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        request = record_request_from(parsed(pb.RecordEventsRequest, content))
         if self._recording >= self._config.capacity:
             raise OverloadedError(f"{self._recording} RecordEvents calls are in hand, as many as this server takes")
         self._recording += 1
         try:
+            request = record_request_from(parsed(pb.RecordEventsRequest, content))
             answer, done = self._service.begin_recording(self._reloader.live, request)
             await asyncio.wrap_future(done)
         finally:
@@ -295,12 +313,12 @@ class Server:
         return state_to(self._service.state(self._reloader.live)).SerializeToString()
 
     async def _answer(
-        self, request: RetrieveRequest | EmbedRequest, context: grpc.aio.ServicerContext, start: float, client: str
+        self, decode: Callable[[], RetrieveRequest | EmbedRequest], context: grpc.aio.ServicerContext, client: str
     ) -> tuple[Answer, ServingSnapshot]:
-        """Answer a request that began to be decoded at `start`."""
-        loop, deadline = asyncio.get_running_loop(), _deadline(context)
+        """Answer a request, which is not even decoded where there is no slot for it: refusing must be cheap."""
+        loop, start, deadline = asyncio.get_running_loop(), time.perf_counter(), _deadline(context)
         with self._batcher.slot(client):
-            serving = self._reloader.live
+            request, serving = decode(), self._reloader.live
             if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
                 # Stored histories may block, and many users take long to check.
                 prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request, start)
@@ -388,6 +406,10 @@ def run_server(
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
 
         def ready(server: Server) -> None:
+            # What is there by now stays: a full collection that walks over it holds every call up for tens of
+            # milliseconds.
+            gc.collect()
+            gc.freeze()
             loop.add_signal_handler(signal.SIGHUP, server.look)
             if on_ready is not None:
                 on_ready(server.address)

@@ -54,6 +54,8 @@ class ServerConfig(Config):
             of a certificate, else an address.
         drain_seconds: time after a stop is asked for in which calls are still taken, for load balancers to notice.
         grace_seconds: time that calls in hand get to finish after that.
+        keepalive_seconds: a connection on which nothing comes for so long is asked for a sign of life, and closed if
+            none comes in as long again.
         max_message_bytes: size of a request message.
         recall_share: share of Retrieve calls whose answer is compared with exact search, beside the serving.
         limits: what one call may ask for.
@@ -78,6 +80,7 @@ class ServerConfig(Config):
     client_capacity: int | None = Field(default=None, ge=1)
     drain_seconds: float = Field(default=0.0, ge=0)
     grace_seconds: float = Field(default=10.0, ge=0)
+    keepalive_seconds: float = Field(default=60.0, ge=1)
     max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
     recall_share: float = Field(default=0.0, ge=0, le=1)
     limits: Limits = Field(default_factory=Limits)

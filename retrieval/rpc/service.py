@@ -348,8 +348,8 @@ def _search(
                 [one.filter for one in asked],
                 exact=exact,
             )
-        for b, (place, one) in enumerate(zip(places, asked, strict=True)):
-            count = int(np.count_nonzero(result.rows[b] >= 0))
+        counts = np.count_nonzero(result.rows >= 0, axis=1).tolist()
+        for b, (place, one, count) in enumerate(zip(places, asked, counts, strict=True)):
             from_context = isinstance(one.user, UserEvents) and not len(one.user.rows)
             source = Source.CONTEXT if from_context else Source.MODEL
             answer = _retrieved(serving, one, result.rows[b, :count], result.scores[b, :count], source)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -104,13 +105,17 @@ def reason_of(error: Exception) -> str:
     return _entry(error)[1]
 
 
+@lru_cache(maxsize=256)
+def _details(code: int, message: str, reason: str, field: str, description: str) -> bytes:
+    """Kept, since who is refused for want of capacity is one of many."""
+    return details_to(code, message, DOMAIN, reason, field, description)
+
+
 def status_of(error: Exception) -> CallStatus:
     """The status that a failed call ends with; what only the operator may know is logged."""
     (code, reason), message = _entry(error), _told(error)
     field, description = (error.field, error.reason) if isinstance(error, InvalidRequestError) else ("", "")
-    metadata: list[tuple[str, str | bytes]] = [
-        (_DETAILS, details_to(code.value[0], message, DOMAIN, reason, field, description))
-    ]
+    metadata: list[tuple[str, str | bytes]] = [(_DETAILS, _details(code.value[0], message, reason, field, description))]
     if isinstance(error, OverloadedError) and error.retry_seconds is not None:
         metadata.append((_PUSHBACK, str(max(1, round(1000 * error.retry_seconds)))))
     return CallStatus(code, message, tuple(metadata))

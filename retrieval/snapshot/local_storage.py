@@ -8,6 +8,7 @@
 Locks are the system's, so that they end with whoever holds them.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -102,7 +103,9 @@ class LocalStorage:
                 raise RegistryBusyError(f"{self.path}: another rebuild is at work there") from None
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be used ({error.strerror})") from None
-            newest = max(map(version_number, self.versions()), default=0)
+            # The live one may have lost its folder; its number is not given twice.
+            named = re.findall(rb"\d{6,}-[0-9a-f]{12}", self.pointer() or b"")
+            newest = max(map(version_number, [*self.versions(), *(name.decode() for name in named)]), default=0)
             yield Grant(newest + 1, confirm=lambda: None)
 
     @contextmanager

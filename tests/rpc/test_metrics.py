@@ -67,7 +67,8 @@ def test_served_calls_move_the_counters(integer_world: World) -> None:
         assert of(after, "calls_total", method="Retrieve", code="OK") == 2
         assert of(after, "calls_total", method="Retrieve", code="INVALID_ARGUMENT") == 1
         assert of(after, "calls_total", method="EmbedUsers", code="OK") == 1
-        assert of(after, "call_seconds_count", method="Retrieve") == 3
+        assert of(after, "call_seconds_count", method="Retrieve", code="OK") == 2
+        assert of(after, "call_seconds_count", method="Retrieve", code="INVALID_ARGUMENT") == 1
         for stage in ("decode", "queue", "encode", "answer"):
             assert of(after, "stage_seconds_count", stage=stage) == 3, stage
         assert of(after, "stage_seconds_count", stage="search") == 2, "EmbedUsers searches nothing"
@@ -76,6 +77,7 @@ def test_served_calls_move_the_counters(integer_world: World) -> None:
         assert of(after, "shortfalls_total") == 1
         assert of(after, "waiting_calls") == of(after, "calls_in_hand") == 0
         assert of(after, "snapshot", version=version) == 1
+        assert of(after, "snapshot_loads_total", result="loaded") == 1
         assert 0 < of(after, "snapshot_age_seconds") < 3600
 
     serve(ServerConfig(registry=integer_world.registry.location, port=0, metrics_port=0), ask)

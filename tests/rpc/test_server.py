@@ -113,6 +113,9 @@ def test_more_calls_than_the_capacity_are_refused_at_once(integer_world: World, 
                     pb.RetrieveRequest(embedding={"values": [1.0] * 16}, k=3).SerializeToString()
                 )
             assert int(dict(refusal.value.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1
+            with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refusal:
+                channel.unary_unary("/retrieval.v1.RetrievalService/Retrieve")(b"no message")
+            assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "not even decoded"
             assert client.is_serving()
             gate.open.set()
             assert [len(future.result().items) for future in (first, *waiting)] == [3] * 5

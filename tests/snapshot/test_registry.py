@@ -1,6 +1,8 @@
 """What every registry promises, asked of a local folder and of an S3 server over a socket."""
 
 import errno
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from retrieval.errors import (
     SnapshotError,
 )
 from retrieval.files import locked
-from retrieval.snapshot.manifest import MANIFEST, verify_files
+from retrieval.snapshot.manifest import MANIFEST, verify_files, version_number
 from retrieval.snapshot.object_storage import ObjectStorage, object_store
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.storage import CURRENT
@@ -207,6 +209,26 @@ def test_of_rollbacks_at_once_each_is_done_or_refused(registry: Registry, elsewh
     pointer, _ = registry._pointer()
     assert pointer is not None
     assert pointer.switches == len(versions) + len(done)
+
+
+def test_a_live_version_whose_folder_was_lost_is_followed_by_the_next_number(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    first, lost = publish(registry), publish(registry, seed=1)
+    shutil.rmtree(registry.folder(lost))
+    assert version_number(publish(registry, seed=2)) == version_number(lost) + 1
+    assert registry.previous() == first
+
+
+def test_order_is_by_number_whatever_clocks_said(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    versions = [publish(registry, seed) for seed in range(4)]
+    for place, version in enumerate(versions):
+        # The newest was written on a machine whose clock was years behind.
+        os.utime(registry.folder(version), (10**9 - place, 10**9 - place))
+    assert registry.versions() == versions
+    assert registry.previous() == versions[2]
+    assert registry.prune(2) == versions[:2]
+    assert publish(registry, 9) > versions[-1]
 
 
 def test_a_version_that_is_being_opened_is_not_pruned(tmp_path: Path) -> None:
