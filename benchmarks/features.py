@@ -82,7 +82,7 @@ def main() -> None:
     cold = ColdQueries(dataset, *last_events(log.filter(is_hidden), "seq_pos"), hidden)
     popular = cold.popularity_ranks(counts[np.searchsorted(items, hidden)])
     common: dict[str, object] = {"users": f"one in {parsed.every}", "preset": parsed.preset, "epochs": parsed.epochs}
-    common["batch"] = parsed.batch_size
+    common |= {"batch": parsed.batch_size, "unmet_items": "no negatives"}
     same = np.ones(len(split.test), np.int64)
     none = dict.fromkeys(columns_of(same, same, KS), "")
     found: dict[str, object] = {"cold_queries": len(popular), "warm_queries": len(split.test)}

@@ -4,6 +4,9 @@
 
 Runs take minutes to hours each. Finished ones are rows of the results file and are not run again; one that was stopped
 goes on where it was. `--quick` is a smoke run of one epoch that writes no rows.
+
+With `--against MODEL` nothing is trained: finished runs in the work folder are compared with that model's, over the
+same users, and over those whose times are the real ones and the others by themselves.
 """
 
 import argparse
@@ -11,30 +14,37 @@ import csv
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import append_rows, environment
+from benchmarks.ranks import ranks_of
 from retrieval.data.dataset import Dataset
 from retrieval.data.ingest import EventSchema, ItemSchema, ingest
 from retrieval.data.splits import Protocol, Split, SplitInfo, split_dataset
+from retrieval.encoder.checkpoint import load_checkpoint
 from retrieval.encoder.inference import embed_users, item_vectors
 from retrieval.encoder.presets import PRESETS
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.evaluation.baselines import ItemKNN
+from retrieval.evaluation.gates import paired_difference
 from retrieval.evaluation.metrics import Estimate
 from retrieval.evaluation.offline import KS, evaluate, mean_ndcg
 from retrieval.training.config import TrainConfig
 from retrieval.training.trainer import StepReport, train
 
 RESULTS = Path(__file__).parent / "results" / "quality_ml1m.csv"
+PAIRS = RESULTS.with_name("quality_ml1m_pairs.csv")
 METRICS = (*(f"{name}@{k}" for k in KS for name in ("recall", "ndcg")), "mrr")
 
 
@@ -74,7 +84,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "HSTU, brisk": Entry("ml1m", BRISK | {"epochs": 40}),
     "HSTU-large": Entry("large-ml1m", BRISK | {"epochs": 24}, {"dropout": 0.1}),
-    "HSTU-best": Entry("best-ml1m", BRISK | {"epochs": 24}, {"dropout": 0.1}),
+    "HSTU-best": Entry("best-ml1m", BRISK | {"epochs": 18, "validate_every": 6}),
     "SASRec": Entry("sasrec-ml1m", FULL),
     "GRU4Rec": Entry("gru4rec-ml1m", FULL),
     "BERT4Rec": Entry("bert4rec-ml1m", {"negatives": "full", "epochs": 100}),
@@ -103,24 +113,68 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[*BASELINES, *ENTRIES], choices=[*BASELINES, *ENTRIES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--exact-times", action="store_true", help="only users all of whose times are the real ones")
+    parser.add_argument("--against", choices=list(ENTRIES), help="compare finished runs with this model's")
     parser.add_argument("--quick", action="store_true", help="one epoch each, no rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
+    data = "exact times" if parsed.exact_times else "recovered"
     done = _done(parsed.out)
     for protocol in parsed.protocols:
         dataset = _dataset(parsed, protocol)
         split = split_dataset(dataset, SplitInfo(protocol=protocol))
+        if parsed.against is not None:
+            key = {"data": data, "protocol": protocol}
+            append_rows(PAIRS, [key | row for row in _pairs(parsed, dataset, split, protocol, data)])
+            continue
         for name in parsed.models:
             for seed in parsed.seeds if name in ENTRIES else [0]:
-                data = "exact times" if parsed.exact_times else "recovered"
                 key = {"data": data, "protocol": protocol, "model": name, "seed": str(seed)}
                 if tuple(key.values()) in done and not parsed.quick:
                     continue
-                folder = parsed.work / "-".join([protocol, data, name, str(seed)]).replace(" ", "_").replace(",", "")
+                folder = _folder(parsed.work, protocol, data, name, seed)
                 figures = _run(dataset, split, name, seed, folder, quick=parsed.quick)
                 print(f"{protocol}, {name}, seed {seed}: {figures}", flush=True)
                 if not parsed.quick:
                     append_rows(parsed.out, [key | figures | environment(torch.device("cpu"))])
+
+
+def _folder(work: Path, protocol: str, data: str, name: str, seed: int) -> Path:
+    return work / "-".join([protocol, data, name, str(seed)]).replace(" ", "_").replace(",", "")
+
+
+def _pairs(
+    parsed: argparse.Namespace, dataset: Dataset, split: Split, protocol: Protocol, data: str
+) -> Iterator[dict[str, object]]:
+    """Differences of NDCG@10 and recall@10 between finished runs of one seed, over the same users."""
+    groups = {"all": np.ones(len(split.test), bool)}
+    if not parsed.exact_times and parsed.ratings.suffix == ".parquet":
+        estimated = np.isin(split.test.users, dataset.users_named(_users_with_estimates(parsed.ratings).tolist()))
+        groups |= {"times exact": ~estimated, "times estimated": estimated}
+    for seed in parsed.seeds:
+        names = [name for name in (parsed.against, *parsed.models) if name in ENTRIES]
+        folders = {name: _folder(parsed.work, protocol, data, name, seed) for name in names}
+        ranks = {
+            name: ranks_of(dataset, split.test, load_checkpoint(folder)[0])
+            for name, folder in folders.items()
+            if (folder / "encoder.json").exists()
+        }
+        for name in [name for name in ranks if name != parsed.against]:
+            for group, users in groups.items():
+                row: dict[str, object] = {"seed": seed, "model": name, "against": parsed.against, "users": group}
+                ours, theirs = ranks[name][users], ranks[parsed.against][users]
+                for metric, of in (("recall@10", _hit), ("ndcg@10", _gain)):
+                    row |= {metric: f"{of(ours).mean():.4f}"}
+                    row |= {f"{metric} difference": _shown(paired_difference(of(ours), of(theirs)), sign="+")}
+                print(row, flush=True)
+                yield row
+
+
+def _hit(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    return (ranks <= 10).astype(float)
+
+
+def _gain(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    return _hit(ranks) / np.log2(ranks + 1.0)
 
 
 def _done(file: Path) -> set[tuple[str, ...]]:
@@ -144,15 +198,19 @@ def _dataset(parsed: argparse.Namespace, protocol: Protocol) -> Dataset:
 
 def _exact_users(ratings: Path, work: Path) -> Path:
     """A copy of the recovered ratings with only those users that have no estimated time."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     table = pq.read_table(ratings)
-    estimated = pc.unique(table.filter(pc.greater(table["timestamp_source"], 1))["user_id"])
     work.mkdir(parents=True, exist_ok=True)
     out = work / "ratings-exact.parquet"
+    estimated = pa.array(_users_with_estimates(ratings))
     pq.write_table(table.filter(pc.invert(pc.is_in(table["user_id"], estimated))), out)
     return out
+
+
+def _users_with_estimates(ratings: Path) -> NDArray[np.integer]:
+    """Users of the recovered ratings who have an estimated time."""
+    table = pq.read_table(ratings, columns=["user_id", "timestamp_source"])
+    users: NDArray[np.integer] = table.filter(pc.greater(table["timestamp_source"], 1))["user_id"].to_numpy()
+    return np.unique(users)
 
 
 def _run(dataset: Dataset, split: Split, name: str, seed: int, folder: Path, *, quick: bool) -> dict[str, object]:
@@ -213,8 +271,8 @@ class _Clock:
         return round(self._tokens / (time.perf_counter() - self._begun))
 
 
-def _shown(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+def _shown(estimate: Estimate, sign: str = "") -> str:
+    return f"{estimate.mean:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--preset", default="demo", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--schedule", default="constant", choices=("constant", "cosine"), help="of the learning rate")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="none: speeds alone")
     parser.add_argument("--every", type=int, default=8, help="takes one user in so many (default: 8)")
     parser.add_argument("--days", type=int, default=4, help="of globo (default: 4)")
     parser.add_argument("--steps", type=int, default=30, help="of each variant that are timed (default: 30)")
@@ -108,6 +108,7 @@ def main() -> None:
     variants = {name: _prepared(parsed, name, schema) for name, schema in VARIANTS[parsed.data].items()}
     speeds = _speeds(variants, parsed.steps)
     first = next(iter(variants))
+    print({name: f"{speed:,.0f} tokens/s, {speed / speeds[first]:.2f}" for name, speed in speeds.items()}, flush=True)
     for seed in parsed.seeds:
         base = _popularity_ranks(variants[first]) if parsed.data == "new-users" else None
         for name, variant in variants.items():

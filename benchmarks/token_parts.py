@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--preset", default="demo", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=0.002)
+    parser.add_argument("--schedule", default="cosine", choices=("constant", "cosine"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--every", type=int, default=2, help="takes one user in so many (default: 2)")
     parser.add_argument("--exact", action="store_true", help="only users whose times are all real")
@@ -91,8 +93,8 @@ def main() -> None:
             config = TrainConfig(
                 epochs=parsed.epochs,
                 batch_size=parsed.batch_size,
-                learning_rate=0.002,
-                schedule="cosine",
+                learning_rate=parsed.learning_rate,
+                schedule=parsed.schedule,
                 seed=seed,
             )
             for label, ranks in _ranked(datasets, split, name, config, parsed):
@@ -102,6 +104,7 @@ def main() -> None:
                     "preset": parsed.preset,
                     "epochs": parsed.epochs,
                     "batch": parsed.batch_size,
+                    "rate": f"{parsed.learning_rate} {parsed.schedule}",
                     "variant": label,
                     "seed": seed,
                     "queries": len(ranks),
