@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RetrievalError as error:
         print(f"retrieval: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # A disk that is full, a folder that may not be written.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"retrieval: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("retrieval: interrupted", file=sys.stderr)
         return 130

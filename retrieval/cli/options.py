@@ -203,6 +203,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=int, help="passes over the users (default: 20)")
     group.add_argument("--batch-size", type=int, help="users, or windows, per step (default: 128)")
     group.add_argument(
+        "--visit-order", choices=("random", "time"), help="of users; time suits streams (default: random)"
+    )
+    group.add_argument(
         "--windows",
         choices=("last", "all"),
         help="what is read of a history that is longer than the encoder reads: its end, or all (default: last)",

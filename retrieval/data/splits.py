@@ -24,7 +24,7 @@ from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.errors import DataError
 
-__all__ = ["Protocol", "Queries", "Split", "SplitInfo", "split_dataset", "training_counts"]
+__all__ = ["Protocol", "Queries", "Split", "SplitInfo", "split_dataset", "training_counts", "training_events"]
 
 Protocol = Literal["paper", "stable", "global-time", "all"]
 
@@ -120,14 +120,18 @@ def split_dataset(dataset: Dataset, info: SplitInfo) -> Split:
     return split
 
 
-def training_counts(dataset: Dataset, split: Split) -> NDArray[np.int64]:
-    """Number of training events of each item, int64 `[N]`."""
+def training_events(dataset: Dataset, split: Split) -> NDArray[np.bool_]:
+    """Which events train, bool `[T]`."""
     # +1 where a user's training events begin and −1 where they end: the running sum tells which events train.
     steps = np.zeros(len(dataset.events.items) + 1, np.int8)
     np.add.at(steps, dataset.offsets[:-1], 1)
     np.add.at(steps, split.train_ends, -1)
-    trains = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
-    return np.bincount(dataset.events.items[trains], minlength=len(dataset.vocabulary))
+    return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+
+
+def training_counts(dataset: Dataset, split: Split) -> NDArray[np.int64]:
+    """Number of training events of each item, int64 `[N]`."""
+    return np.bincount(dataset.events.items[training_events(dataset, split)], minlength=len(dataset.vocabulary))
 
 
 def _queries(targets: NDArray[np.int64], starts: NDArray[np.int64], protocol: Protocol) -> Queries:

@@ -30,6 +30,7 @@ class _SequenceConfig(Config):
         width: D, width of tokens and embeddings.
         num_layers: layers.
         dropout: probability, on the input and inside each layer.
+        popularity: whether an item's score has a part for how popular it is of late: see `vector_width`.
     """
 
     num_items: int = Field(ge=1)
@@ -43,6 +44,12 @@ class _SequenceConfig(Config):
     width: int = Field(default=50, ge=1)
     num_layers: int = Field(default=2, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
+    popularity: bool = False
+
+    @property
+    def vector_width(self) -> int:
+        """Numbers of a vector that is served: D, and with `popularity` one more: an item's popularity, a user's 1."""
+        return self.width + self.popularity
 
     @model_validator(mode="after")
     def _features_fit(self) -> Self:

@@ -19,6 +19,7 @@ __all__ = [
     "hstu_large_ml20m",
     "hstu_ml1m",
     "hstu_ml20m",
+    "hstu_stream",
     "sasrec_books",
     "sasrec_ml1m",
     "sasrec_ml20m",
@@ -71,6 +72,15 @@ def hstu_demo(*, num_items: int, num_actions: int = 0) -> HSTUConfig:
     return HSTUConfig(num_items=num_items, num_actions=num_actions, dropout=0.1, **shape)
 
 
+def hstu_stream(*, num_items: int, num_actions: int = 0) -> HSTUConfig:
+    """HSTU for catalogues like news, with popularity: D 47, 48 with that, 2 layers, 2 heads of 24, 50 events.
+
+    To be trained on in-batch negatives in time order.
+    """
+    shape = {"width": 47, "num_heads": 2, "qk_dim": 24, "v_dim": 24, "max_length": 50}
+    return HSTUConfig(num_items=num_items, num_actions=num_actions, dropout=0.1, popularity=True, **shape)
+
+
 def sasrec_ml1m(*, num_items: int, num_actions: int = 0) -> SASRecConfig:
     """SASRec on MovieLens-1M: D 50, 2 layers, 1 head."""
     return SASRecConfig(num_items=num_items, num_actions=num_actions)
@@ -107,6 +117,7 @@ PRESETS: dict[str, Callable[..., EncoderConfig]] = {
     "large-ml20m": hstu_large_ml20m,
     "books": hstu_books,
     "large-books": hstu_large_books,
+    "stream": hstu_stream,
     "sasrec-ml1m": sasrec_ml1m,
     "sasrec-ml20m": sasrec_ml20m,
     "sasrec-books": sasrec_books,

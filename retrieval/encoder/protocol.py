@@ -22,6 +22,9 @@ def normalize(x: Tensor) -> Tensor:
 class UserEncoder(nn.Module):
     """Histories in, user embeddings of unit length out; an item scores u·e, e its normalised row of the item table.
 
+    With popularity an item scores u·e + p, p its log popularity of late in units of the loss's temperature. What is
+    served are then the vectors (u, 1) and (e, p), whose inner product that is.
+
     Rows of a batch do not depend on each other. Subclasses implement `_encode`; `last` may be overridden by something
     that computes less.
 
@@ -33,6 +36,7 @@ class UserEncoder(nn.Module):
         query_embedding: the table of actions that are asked for, or None where requests name none.
         side_embedding: the tables of all kinds beside the main series, end to end, or None where there are none.
         position_embedding: the table of positions, or None where there is none.
+        popularity: p of each item, float32 `[N]`, set by training, not learned; None where scores have no such part.
     """
 
     objective: ClassVar[Literal["next", "cloze"]] = "next"
@@ -45,6 +49,8 @@ class UserEncoder(nn.Module):
         self.query_embedding = nn.Embedding(config.num_actions, config.width) if config.query_actions else None
         self.side_embedding = nn.Embedding(sum(config.kinds), config.width) if config.kinds else None
         self.position_embedding = nn.Embedding(config.positions, config.width) if has_positions else None
+        self.popularity: Tensor | None
+        self.register_buffer("popularity", torch.zeros(config.num_items) if config.popularity else None)
         # Where each kind's table begins; the main series has none.
         self.side_starts: Tensor
         self.register_buffer("side_starts", torch.tensor([0, 0, *config.kinds]).cumsum(0)[:-1], persistent=False)
@@ -93,8 +99,13 @@ class UserEncoder(nn.Module):
         return out[(batch.offsets[1:] - 1).to(out.device)]
 
     def item_vectors(self) -> Tensor:
-        """Item embeddings of unit length, `[N, D]`."""
-        return normalize(self.item_embedding.weight)
+        """What is served of items: embeddings of unit length, and p where there is popularity, `[N, D or D + 1]`."""
+        vectors = normalize(self.item_embedding.weight)
+        return vectors if self.popularity is None else torch.cat([vectors, self.popularity.unsqueeze(1)], 1)
+
+    def user_vectors(self, users_BD: Tensor) -> Tensor:
+        """What is served of users with these embeddings: the same, and 1 where there is popularity."""
+        return users_BD if self.popularity is None else functional.pad(users_BD, (0, 1), value=1.0)
 
     def _look_up(self, batch: JaggedTensors) -> Tensor:
         """E_kind[id] of each token, `[T, D]`, E_0 the item table."""

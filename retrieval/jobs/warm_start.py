@@ -79,7 +79,8 @@ def moved_rows(tensors: Mapping[str, Tensor], dataset: Dataset, live: Snapshot) 
     """
     rows_of = {_ITEMS: live_rows(dataset, live), _SIDE: _live_side_rows(dataset, live)}
     rows_of |= dict.fromkeys(_ACTIONS, _live_codes(dataset, live))
-    rows_of["optimizer.rows."] = rows_of[_ITEMS]
+    # Training will take popularity from tonight's events; only its shape matters here.
+    rows_of["optimizer.rows."] = rows_of["popularity"] = rows_of[_ITEMS]
     moved = {}
     for name, tensor in tensors.items():
         table = next((one for one in rows_of if one in name), None)

@@ -96,7 +96,7 @@ def write_snapshot(
     """
     _check_together(folder, vocabulary, info, index.count)
     off = score_error(index, _answers(item_vectors(encoder), vocabulary))
-    if index.width != info.encoder.width or not off < _MOST_OFF:
+    if index.width != info.encoder.vector_width or not off < _MOST_OFF:
         raise SnapshotCorruptError(
             f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"
         )
@@ -117,7 +117,7 @@ def write_snapshot(
         items=len(vocabulary),
         expired=len(vocabulary) - int(served_rows(vocabulary).sum()),
         vocabulary=vocabulary.fingerprint,
-        width=info.encoder.width,
+        width=info.encoder.vector_width,
         index=index.spec,
         ann_recall=ann_recall,
         gates=tuple(gates),
@@ -152,7 +152,8 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
             _check_together(folder, vocabulary, info, int(served.sum()))
             promised = (manifest.items, manifest.expired, manifest.width, manifest.model, manifest.vocabulary)
             expired = len(vocabulary) - int(served.sum())
-            if (len(vocabulary), expired, info.encoder.width, info.weights_sha256, vocabulary.fingerprint) != promised:
+            width = info.encoder.vector_width
+            if (len(vocabulary), expired, width, info.weights_sha256, vocabulary.fingerprint) != promised:
                 raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
             vectors = item_vectors(encoder)
             index = open_index(folder / manifest.index.file, manifest.index, _answers(vectors, vocabulary))

@@ -81,9 +81,11 @@ class Batches:
         self._users = np.repeat(users, self._windows[users])
         self._places = np.arange(len(self._users)) - np.searchsorted(self._users, self._users)
         self._rows = np.arange(len(self._users))
+        # A window is visited with its user.
+        self._last = dataset.events.timestamps[split.train_ends[self._users] - 1]
         self._others, self._drawn = self._rows[:0], 0
         if fresh is not None:
-            new = dataset.events.timestamps[split.train_ends[self._users] - 1] >= fresh.since
+            new = self._last >= fresh.since
             self._rows, self._others = self._rows[new], self._rows[~new]
             wanted = max(math.ceil(fresh.history_share * len(self._rows)), config.batch_size - len(self._rows))
             self._drawn = min(wanted, len(self._others))
@@ -104,10 +106,11 @@ class Batches:
 
     def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """Rows of an epoch, in the order in which they are read."""
-        if not self._drawn:
-            return rng.permutation(self._rows)
         drawn = rng.choice(self._others, self._drawn, replace=False)
-        return rng.permutation(np.concatenate([self._rows, drawn]))
+        order = rng.permutation(np.concatenate([self._rows, drawn]))
+        if self._config.visit_order == "random":
+            return order
+        return order[np.argsort(self._last[order], kind="stable")]
 
     def _row_ends(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """One past the last event of each row in an epoch, its last target included.

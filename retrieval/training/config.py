@@ -21,6 +21,8 @@ class TrainConfig(Config):
     Attributes:
         epochs: passes over the users.
         batch_size: rows per step, of a user each or of a window.
+        visit_order: how an epoch visits users: at "random", or by the "time" of each one's last training event. Targets
+            of a step are then of about one time, and so are negatives that are drawn from them.
         windows: what an epoch reads of a history longer than the encoder's `max_length`: its "last" events alone, as
             the public tables do, or "all" of it, in windows whose cuts lie elsewhere in every epoch.
         learning_rate: highest rate of AdamW with betas (0.9, 0.98).
@@ -53,6 +55,7 @@ class TrainConfig(Config):
 
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=128, ge=1)
+    visit_order: Literal["random", "time"] = "random"
     windows: Literal["last", "all"] = "last"
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     schedule: Schedule = "constant"

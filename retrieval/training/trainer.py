@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from retrieval.data.dataset import Dataset
 from retrieval.data.item_features import item_features
+from retrieval.data.popularity import log_popularity
 from retrieval.data.splits import Split, training_counts
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
@@ -159,6 +160,9 @@ def train(
     learner = Learner(encoder, config, counts, steps, features)
     if learned is not None:
         learner.adopt(learned)
+    if encoder.popularity is not None:
+        _check_popularity(config)
+        encoder.popularity.copy_(config.temperature * torch.from_numpy(log_popularity(dataset, split)))
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
     started_from: dict[str, Any] = {"initial": _fingerprint(initial if learned is None else learned)}
@@ -192,6 +196,22 @@ def train(
                 message = f"{done}; saved: run it again to go on (train: with --resume)"
                 raise TrainingStoppedError(message, request.signal)
     return run.finish(device)
+
+
+def _check_popularity(config: TrainConfig) -> None:
+    """Scores with a part for popularity need the rest to be learned without it.
+
+    Against negatives that are drawn by popularity Q, u·e/τ learns log P(item | user) − log Q(item) + a constant; so
+    u·e + τ·log Q of today ranks by what P is with the popularity of today.
+
+    Raises:
+        ConfigError: they would have popularity twice.
+    """
+    if config.negatives not in ("in-batch", "popularity") or config.log_q != "none":
+        raise ConfigError(
+            "popularity: is added to what is learned, which then must not hold it: draw negatives in-batch or by "
+            "popularity, without log_q"
+        )
 
 
 def _fingerprint(weights: Mapping[str, Tensor] | None) -> str | None:

@@ -16,6 +16,7 @@ ITEM_FEATURES = {"id_dropout": 0.2, "attributes": {"genres": {"kind": "set", "bu
 OPTIONS = {
     "epochs": 3,
     "batch_size": 64,
+    "visit_order": "time",
     "windows": "all",
     "learning_rate": 0.01,
     "schedule": "cosine",

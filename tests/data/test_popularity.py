@@ -7,7 +7,8 @@ import pytest
 
 from retrieval.data import popularity
 from retrieval.data.dataset import Dataset
-from retrieval.data.popularity import HALF_LIVES, recent_popularity
+from retrieval.data.popularity import HALF_LIVES, log_popularity, recent_popularity
+from retrieval.data.splits import SplitInfo, split_dataset
 from tests.support import write_dataset
 
 HOUR = 3600
@@ -50,3 +51,28 @@ def test_counts_are_halved_by_age_whatever_the_block(tmp_path: Path, monkeypatch
 def test_half_lives_are_tried_from_news_to_films() -> None:
     assert list(HALF_LIVES) == sorted(HALF_LIVES)
     assert HALF_LIVES[-1] == np.inf
+
+
+def test_log_popularity_is_of_the_training_events_alone(tmp_path: Path) -> None:
+    hours = np.arange(100.0)
+    seen = [int(hour) % 4 for hour in hours]
+    later = [7 if hour >= 80 else item for item, hour in zip(seen, hours, strict=True)]
+    # Users of two events, so that there is something to train on.
+    data = [
+        write_dataset(
+            tmp_path / name,
+            [[(items[at], 1, at * HOUR), (items[at + 1], 1, (at + 1) * HOUR)] for at in range(0, 100, 2)],
+            range(ITEMS),
+        )
+        for name, items in (("seen", seen), ("later", later))
+    ]
+    moment = SplitInfo(protocol="global-time", time=79 * HOUR)
+    known, other = (log_popularity(one, split_dataset(one, moment)) for one in data)
+    assert known.tolist() == other.tolist()
+    assert np.exp(known).sum() == pytest.approx(1, rel=1e-5)
+    unseen = known[4:]
+    assert np.isfinite(unseen).all()
+    assert (unseen == unseen[0]).all()
+    assert unseen[0] < known[:4].min()
+    everything = log_popularity(data[1], split_dataset(data[1], SplitInfo(protocol="all")))
+    assert everything.argmax() == 7

@@ -238,7 +238,7 @@ def test_presets_are_encoders_of_their_catalogue(preset: str) -> None:
     config = PRESETS[preset](num_items=7, num_actions=2)
     assert isinstance(config, Config)
     encoder = build_encoder(config)
-    assert encoder.item_vectors().shape == (7, config.width)
+    assert encoder.item_vectors().shape == (7, config.vector_width)
 
 
 def test_softmax_attention_is_its_formula() -> None:
@@ -257,3 +257,19 @@ def test_softmax_attention_is_its_formula() -> None:
                 for head in range(2):
                     weights = torch.softmax(k[seen, head] @ q[i, head] * scale + table[i, seen], 0)
                     torch.testing.assert_close(out[i, head], weights @ v[seen, head])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_popularity_is_added_to_the_score_of_an_item_and_to_nothing_else(name: str, tmp_path: Path) -> None:
+    plain, batch = encoder_of(name), batch_of([5, 1, 12])
+    config = CONFIGS[name].model_copy(update={"popularity": True})
+    encoder = build_encoder(config).eval()
+    popularity = torch.linspace(-1, 0, 30)
+    encoder.load_state_dict(plain.state_dict() | {"popularity": popularity})
+    without = embed_users(plain, batch) @ item_vectors(plain).T
+    users, items = embed_users(encoder, batch), item_vectors(encoder)
+    assert users.shape[1] == items.shape[1] == config.vector_width == 17
+    assert users @ items.T == pytest.approx(without + popularity.numpy(), abs=1e-6)
+    info = CheckpointInfo(encoder=config, actions=("",), dataset="d", split={}, training={})
+    save_checkpoint(tmp_path, encoder, info)
+    assert np.array_equal(item_vectors(load_checkpoint(tmp_path)[0]), items)

@@ -106,3 +106,14 @@ def test_an_epoch_visits_users_with_new_events_and_a_sample_of_the_others(
         assert {17, 18, 19} <= set(users)
     if others < 17:
         assert len({tuple(sorted(users)) for users in epochs}) > 1, "the sample is drawn anew"
+
+
+def test_in_time_order_steps_follow_users_last_training_events(tmp_path: Path) -> None:
+    histories = [[(user, 1, 1000 - 10 * user), (user, 1, 1001 - 10 * user), (9, 1, 5000)] for user in range(9)]
+    dataset = write_dataset(tmp_path / "d", histories, range(10))
+    split = split_dataset(dataset, SplitInfo(protocol="global-time", time=2000))
+    batches = Batches(
+        dataset, split, TrainConfig(epochs=2, batch_size=3, visit_order="time"), objective="next", max_length=8
+    )
+    steps = [batch.inputs.items.tolist() for _, batch in batches.from_step(0)]
+    assert steps == [[8, 7, 6], [5, 4, 3], [2, 1, 0]] * 2

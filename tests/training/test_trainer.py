@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from retrieval.data.dataset import Dataset
+from retrieval.data.popularity import log_popularity
 from retrieval.data.splits import Split, SplitInfo, split_dataset
 from retrieval.encoder.build import build_encoder
 from retrieval.encoder.checkpoint import load_checkpoint
@@ -412,3 +413,17 @@ def test_what_happens_is_logged_to_tensorboard(data: tuple[Dataset, Split], tmp_
     assert [(scalar.step, scalar.value) for scalar in log.Scalars("validation")] == [(3, 0.25), (7, 0.5), (11, 0.75)]
     del log
     gc.collect()
+
+
+def test_popularity_is_that_of_the_training_events_and_not_learned_twice(
+    data: tuple[Dataset, Split], tmp_path: Path
+) -> None:
+    config = ENCODER.model_copy(update={"popularity": True})
+    with pytest.raises(ConfigError, match="in-batch or by popularity"):
+        train(*data, config, CONFIG, tmp_path / "uniform")
+    with pytest.raises(ConfigError, match="without log_q"):
+        train(*data, config, CONFIG.model_copy(update={"negatives": "in-batch", "log_q": "standard"}), tmp_path / "q")
+    kept = train(*data, config, CONFIG.model_copy(update={"negatives": "in-batch"}), tmp_path / "run")
+    assert kept.popularity is not None
+    assert torch.equal(kept.popularity, CONFIG.temperature * torch.from_numpy(log_popularity(*data)))
+    assert torch.equal(weights(tmp_path / "run")["popularity"], kept.popularity)
