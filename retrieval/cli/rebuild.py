@@ -133,15 +133,16 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _inputs(parsed: argparse.Namespace) -> dict[str, str]:
-    """All options that may decide what a night makes; of a file also what tells that it was changed."""
+    """All options that may decide what a night makes; of files also what tells that they were changed."""
     inputs = {}
     for name, value in vars(parsed).items():
         if name in _NOT_INPUTS or value is None:
             continue
         inputs[name] = str(value)
-        if isinstance(value, Path) and value.is_file():
-            found = value.stat()
-            inputs[name] += f", {found.st_size} bytes, written at {found.st_mtime_ns}"
+        if isinstance(value, Path):
+            for file in [value] if value.is_file() else sorted(value.rglob("*")):
+                found = file.stat()
+                inputs[name] += f", {file.name}: {found.st_size} bytes, written at {found.st_mtime_ns}"
     return inputs
 
 
