@@ -192,7 +192,7 @@ class Attributes:
 
     @property
     def kinds(self) -> dict[str, tuple[str, bool]]:
-        """By attribute: a key of `_KINDS` ("" where values cannot be compared), and whether an item may have several."""
+        """By attribute: a key of `_KINDS`, or "" where values cannot be compared; whether an item may have several."""
         return {name: (_kind_of(self._type_of(name)) or "", _is_list(type_)) for name, type_ in self.types.items()}
 
     @property

@@ -23,7 +23,7 @@ _CALL, _OPERATION = "_handle_exceptions", "execute_batch"
 
 class _Future(asyncio.Future[Any]):
     def set_exception(self, exception: type | BaseException) -> None:
-        """As ever; but an operation of the core that fails has ended, and those who wait for it look at what it gave."""
+        """As ever; but an operation of the core that fails has ended, and who waits for it looks at what it gave."""
         if isinstance(exception, ExecuteBatchError):
             self.set_result(None)
         else:

@@ -193,8 +193,9 @@ class Registry:
     def prune(self, keep: int) -> list[str]:
         """Remove what is older than the newest `keep` versions and than the live one; return it, oldest first.
 
-        After a rollback thus everything from the live version on stays, until a newer one is live. A version that a process of this machine is opening stays until the next time. A server that has loaded a
-        version does not need it any more; one that is copying it while it is removed keeps what it serves.
+        After a rollback thus everything from the live version on stays, until a newer one is live. A version that a
+        process of this machine is opening stays until the next time. A server that has loaded a version does not need
+        it any more; one that is copying it while it is removed keeps what it serves.
 
         Raises:
             RegistryBusyError: another rebuild is at work.
