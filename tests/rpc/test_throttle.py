@@ -83,7 +83,8 @@ def test_a_refusal_limits_to_what_else_is_open_and_each_further_one_takes_its_pl
     with opened(throttle, 7):
         fail(throttle, DeadlineError("in line for too long"))
         assert throttle.limit == 7
-        fail(throttle, OverloadedError("full again"))
+    with opened(throttle, 6):
+        fail(throttle, FULL)
         assert throttle.limit == 6
 
 
