@@ -7,7 +7,7 @@ every click   a sample of all clicks after it, each with everything before it as
 Items that an answerer cannot know count as not found.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,18 +137,21 @@ def scored(dataset: Dataset, asked: Queries, score: Scorer) -> NDArray[np.int64]
 def recalls(
     ranks: Mapping[str, NDArray[np.int64]],
     part: NDArray[np.bool_],
-    ours: str,
+    ours: Sequence[str],
     about: Callable[[str], dict[str, object]],
 ) -> list[dict[str, object]]:
-    """A row for each ranker: recall, and how far `ours` is ahead over the same queries, with 95% intervals."""
+    """A row for each ranker: recall, and how far each of `ours` is ahead over the same queries, with 95% intervals."""
     rows = []
     for name, found in ranks.items():
         metrics = evaluate_ranks(found[part], KS)
         row: dict[str, object] = {"ranker": name, "queries": int(part.sum())}
         row |= {f"recall@{k}": brief(metrics[f"recall@{k}"]) for k in KS}
-        for k in KS:
-            ahead = paired_difference((ranks[ours][part] <= k).astype(float), (found[part] <= k).astype(float))
-            row[f"{ours}_ahead@{k}"] = "" if name == ours else brief(ahead)
+        for our in ours:
+            for k in KS:
+                row[f"{our}_ahead@{k}"] = ""
+                if our in ranks and our != name:
+                    hits = ((one[part] <= k).astype(float) for one in (ranks[our], found))
+                    row[f"{our}_ahead@{k}"] = brief(paired_difference(*hits))
         rows.append(row | about(name))
     return rows
 

@@ -131,7 +131,7 @@ def _asked(
             share = "" if known is None else round(float((live_rows(dataset, known)[targets] < 0).mean()), 4)
             return {"unknown_targets": share}
 
-        rows += [{"asked": words} | row for row in recalls(ranks, np.ones(len(asked), bool), "now", unknown)]
+        rows += [{"asked": words} | row for row in recalls(ranks, np.ones(len(asked), bool), ["now"], unknown)]
     return rows
 
 

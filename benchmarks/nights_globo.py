@@ -6,11 +6,13 @@ One Parquet file a day. Every night `rebuild` runs on all days so far from the l
 from scratch, each with a registry of its own. The next day's clicks are asked for as `globo_asked` says: of each user
 the first one, and a sample of all. Items that a snapshot cannot know count as not found.
 
-Beside the two: the snapshot of the night before, popularity at midnight (with the half-life that predicted best until
-then, of the last hour, of the last six), item-kNN over all until midnight, and what one list for everybody could reach
-in hindsight.
+Beside the two: on one night the default encoder and training of `rebuild`, as many epochs from scratch over the same
+events and without gates; the snapshot of the night before; popularity at midnight (with the half-life that predicted
+best until then, of the last hour, of the last six), item-kNN over all until midnight, and what one list for everybody
+could reach in hindsight.
 
-`warm_ahead` is the warm snapshot's recall less this ranker's over the same queries, with its 95% interval over queries.
+`warm_ahead` is the warm snapshot's recall less this ranker's over the same queries, with its 95% interval over queries;
+`scratch_ahead` the same of that from scratch.
 Items are few where it counts: a day's ten most asked for are a third of its targets, so nights differ by more than the
 intervals say. Rows of "first 3 hours" ask only for targets until three in the morning.
 
@@ -48,15 +50,18 @@ from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.presets import PRESETS
 from retrieval.errors import GateRefusedError
 from retrieval.evaluation.baselines import ItemKNN
+from retrieval.evaluation.gates import GateConfig
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs.rebuild import RebuildConfig, rebuild
 from retrieval.jobs.warm_start import live_ranks, live_rows
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
+from retrieval.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "nights_globo.csv"
 _ABOUT = ("seconds", "train_cpu", "published", "items", "new", "gone", "peak_memory_mb")
-_PARTS = ("warm", "scratch", "ask")
+_KINDS = ("warm", "scratch", "default")
+_PARTS = (*_KINDS, "ask")
 
 
 def main() -> None:
@@ -69,15 +74,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of a night from scratch (default: 4)")
     parser.add_argument("--warm-epochs", type=int, default=1, help="of a night from live weights (default: 1)")
     parser.add_argument("--scratch-every", type=int, default=3, help="nights between those from scratch (default: 3)")
+    parser.add_argument("--default-night", type=int, default=4, help="night of the default encoder (default: 4)")
     parser.add_argument("--first", type=int, default=6000, help="users asked for first clicks (default: 6000)")
     parser.add_argument("--every", type=int, default=20_000, help="clicks asked for of all (default: 20000)")
     parser.add_argument("--do", nargs="+", default=_PARTS, choices=_PARTS, help="rebuilds of which kind, and questions")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
     days = sorted(parsed.clicks.glob("*.parquet"))
-    chains = {name: _Chain(parsed, days, name) for name in ("warm", "scratch")}
+    chains = {name: _Chain(parsed, days, name) for name in _KINDS}
     for night in range(min(parsed.nights, len(days) - 1)):
-        names = ("warm", "scratch") if night % parsed.scratch_every == 1 else ("warm",)
+        runs = (True, night % parsed.scratch_every == 1, night == parsed.default_night)
+        names = [name for name, is_run in zip(_KINDS, runs, strict=True) if is_run]
         for name in names:
             if name in parsed.do:
                 chains[name].run(night)
@@ -97,7 +104,7 @@ def _done(file: Path) -> set[str]:
 
 
 class _Chain:
-    """Nights of one kind, "warm" or "scratch", and what each came to, in a file."""
+    """Nights of one kind, and what each came to, in a file."""
 
     def __init__(self, parsed: argparse.Namespace, days: list[Path], name: str) -> None:
         self._parsed, self._days, self.name = parsed, days, name
@@ -122,11 +129,14 @@ class _Chain:
         notes = self.notes()
         if str(night) in notes:
             return
+        is_default = self.name == "default"
+        preset = "ml1m" if is_default else self._parsed.preset
         log = _log(self._folder / f"log-{night}", self._days[: night + 1])
         config = RebuildConfig(
-            training=training(self._parsed.epochs),
+            training=TrainConfig(epochs=self._parsed.epochs) if is_default else training(self._parsed.epochs),
             index=IndexSpec(),
-            full=self.name == "scratch",
+            gates=GateConfig(worse_by=1.0) if is_default else GateConfig(),
+            full=self.name != "warm",
             warm_epochs=self._parsed.warm_epochs,
             keep=99,
         )
@@ -139,7 +149,7 @@ class _Chain:
                 self._folder / "work",
                 config,
                 ingest=lambda out, known: read_clicks(log, out, known=known),
-                encoder_config=lambda dataset: stream(self._parsed.preset, dataset),
+                encoder_config=lambda dataset: stream(preset, dataset),
                 on_stage=lambda stage: marks.append((stage, time.process_time())),
             ).report
             about |= {name: report["vocabulary"][name] for name in ("items", "new", "gone")}
@@ -193,7 +203,7 @@ def _evaluate(
 
         for when, part in (("day", np.ones(len(asked), bool)), ("first 3 hours", early(dataset, asked, midnight))):
             what = {"night": night, "asked": words, "when": when}
-            rows += [what | row for row in recalls(ranks, part, "warm", about)]
+            rows += [what | row for row in recalls(ranks, part, ["warm", "scratch"], about)]
     return rows
 
 
