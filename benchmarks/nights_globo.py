@@ -17,14 +17,17 @@ Items are few where it counts: a day's ten most asked for are a third of its tar
 intervals say. Rows of "first 3 hours" ask only for targets until three in the morning.
 
 Nights that were rebuilt are not rebuilt again, and those that have rows not evaluated again; a rebuild that was stopped
-goes on, and its seconds are then of the last run only. `train_cpu` is processor time of the two trainings. With `--do`
-the two chains of rebuilds may run beside each other, and what is asked wait for both.
+goes on, and what it took is added up. `train_cpu` is processor time of the two trainings. With `--do` the chains of
+rebuilds may run beside each other, and questions wait for them.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,29 +143,59 @@ class _Chain:
             warm_epochs=self._parsed.warm_epochs,
             keep=99,
         )
-        begun, marks = time.perf_counter(), [("", 0.0)]
         about: dict[str, object] = {"published": "yes"}
-        try:
-            report = rebuild(
-                log,
-                self.registry,
-                self._folder / "work",
-                config,
-                ingest=lambda out, known: read_clicks(log, out, known=known),
-                encoder_config=lambda dataset: stream(preset, dataset),
-                on_stage=lambda stage: marks.append((stage, time.process_time())),
-            ).report
-            about |= {name: report["vocabulary"][name] for name in ("items", "new", "gone")}
-            about["peak_memory_mb"] = max(report["memory_mb"].values())
-        except GateRefusedError as error:
-            about["published"] = f"no: {error}"
-        ends = [*(mark for _, mark in marks[1:]), time.process_time()]
-        taken = {stage: end - start for (stage, start), end in zip(marks, ends, strict=True)}
-        about["seconds"] = round(time.perf_counter() - begun)
-        about["train_cpu"] = round(taken.get("train", 0.0) + taken.get("finish", 0.0))
+        with self._spent(night) as spent:
+            try:
+                report = rebuild(
+                    log,
+                    self.registry,
+                    self._folder / "work",
+                    config,
+                    ingest=lambda out, known: read_clicks(log, out, known=known),
+                    encoder_config=lambda dataset: stream(preset, dataset),
+                    on_stage=spent.stage,
+                ).report
+                about |= {name: report["vocabulary"][name] for name in ("items", "new", "gone")}
+                about["peak_memory_mb"] = max(report["memory_mb"].values())
+            except GateRefusedError as error:
+                about["published"] = f"no: {error}"
+        about |= {"seconds": round(spent.seconds), "train_cpu": round(spent.of("train") + spent.of("finish"))}
         notes[str(night)] = about | {"version": self.registry.current()}
         self._notes.write_text(json.dumps(notes), encoding="utf-8")
         print(f"{self.name} {night}: {about}", flush=True)
+
+    @contextlib.contextmanager
+    def _spent(self, night: int) -> Iterator["_Spent"]:
+        """Count what a night takes, together with what was counted before it was stopped."""
+        file = self._folder / f"spent-{night}.json"
+        spent = _Spent(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else _Spent()
+        begun, spent.mark = time.perf_counter(), time.process_time()
+        try:
+            yield spent
+        finally:
+            spent.stage("")
+            spent.seconds += time.perf_counter() - begun
+            file.write_text(json.dumps({"seconds": spent.seconds, "cpu": spent.cpu}), encoding="utf-8")
+
+
+@dataclass(slots=True)
+class _Spent:
+    """Seconds, and processor seconds by stage."""
+
+    seconds: float = 0.0
+    cpu: dict[str, float] = field(default_factory=dict)
+    mark: float = 0.0
+    current: str = ""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        now = time.process_time()
+        self.cpu[self.current] = self.of(self.current) + now - self.mark
+        self.current, self.mark = name, now
+
+    def of(self, name: str) -> float:
+        """Processor seconds of a stage."""
+        return self.cpu.get(name, 0.0)
 
 
 def _log(folder: Path, days: list[Path]) -> Path:
