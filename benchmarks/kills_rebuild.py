@@ -14,7 +14,7 @@ first       the first night, killed at random
 full        a disk that is full after so many KiB, then has room again (needs the right to mount)
 readonly    the registry, then the folder for work, read-only (needs the right to mount)
 clock       killed at random; the rerun's clock is a day ahead or behind (needs a C compiler)
-two         a second rebuild beside it, in the same folder or in one of its own; one of the two is killed at random
+two         a second rebuild beside it, in the same folder or in a copy of it; one of the two is killed at random
 
 After every death the live version opens, verified; it is the old or the new one. After the rerun, which must succeed,
 the new version is live, its encoder, vocabulary and index are byte for byte those of the uninterrupted night, users'
@@ -27,6 +27,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -120,12 +121,17 @@ def two(sweep: Sweep, trials: int) -> Iterator[Callable[[], int]]:
     def trial(number: int) -> int:
         rng = random.Random(f"{sweep.seed}-two-{number}")
         place = sweep.copy(f"two-{number}")
-        forks = [place.fork(), place.fork(work=("work", "work-2")[number % 2])]
+        beside = ("work", "work-2")[number % 2]
+        if beside != "work":
+            # Another machine that has what the first night had learned: without, its optimiser would start anew.
+            shutil.copytree(place.folder / "work", place.folder / beside)
+        forks = [place.fork(), place.fork(work=beside)]
         doomed, other = rng.sample(forks, 2)
         kills = doomed.kill_after(rng.uniform(0, sweep.seconds)) == -signal.SIGKILL
         # It did the night, or was told that another is at it.
         expect(other, 0, 2)
         sweep.check_live(place)
+        expect(place.fork(work=beside), 0)
         sweep.check_end(place)
         sweep.done(place)
         return int(kills)
