@@ -170,8 +170,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sweep = Sweep(parsed.work.resolve(), parsed.seed)
     some = max(2, parsed.kills // 10)
-    trials = {"operations": parsed.kills // 2, "random": 3 * some, "fresh": some // 2, "s3": some, "full": some}
-    trials["two"] = some
+    trials = {"operations": parsed.kills // 2, "random": 3 * some} | dict.fromkeys(("s3", "full", "two"), some)
     for scenario in parsed.scenarios:
         plan = SCENARIOS[scenario](sweep, trials.get(scenario, some // 2))
         _run(sweep, scenario, plan, parsed.out)
