@@ -2,6 +2,7 @@
 
 import math
 import re
+import struct
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ from retrieval.index.exact import prefer_products
 from retrieval.index.spec import IndexSpec
 from retrieval.types import SearchResult
 
-__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason", "write_faiss"]
+__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason", "write_faiss", "write_flat"]
+
+_WRITTEN = 1 << 16
 
 # Its stubs know neither the keyword arguments of search parameters nor selectors made from arrays.
 _FAISS: Any = faiss
@@ -34,6 +37,11 @@ class IndexBackend(Protocol):
     vectors: NDArray
     supports_allowed: bool
     max_k: int | None
+
+    @property
+    def exact_from(self) -> float:
+        """The effort from which on a search is exact: 1 where it always is, infinity where it never promises to be."""
+        ...
 
     @property
     def count(self) -> int:
@@ -59,7 +67,7 @@ class IndexBackend(Protocol):
             queries: float32 `[B, D]`.
             k: answers per query, at most `max_k`.
             allowed: packed bitmap of the rows to look at, lowest bit first, uint8 `[ceil(N / 8)]`; None for all.
-            effort: how much harder to look than tuned; an exact index ignores it.
+            effort: how much harder to look than tuned, at least 1; an exact index ignores it.
 
         Returns:
             Answers `[B, k]`, best first, −1 past the last.
@@ -105,6 +113,7 @@ class FaissBackend:
     """
 
     max_k: int | None = None
+    exact_from = math.inf
 
     def __init__(self, index: faiss.Index, vectors: NDArray, spec: IndexSpec) -> None:
         assert vectors.shape == (index.ntotal, index.d)
@@ -210,6 +219,21 @@ def write_faiss(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be written ({faiss_reason(error)})") from None
+
+
+def write_flat(vectors: NDArray[np.float32], path: Path) -> None:
+    """Write what Faiss writes of an `IndexFlatIP` over these vectors, without holding a second copy of them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header = faiss.serialize_index(faiss.IndexFlatIP(vectors.shape[1])).tobytes()
+    count, size = struct.Struct("<q"), struct.Struct("<Q")
+    # Four letters and the width, then the number of vectors; at the end, of four-byte words that follow.
+    with path.open("wb") as file:
+        file.write(header[:8] + count.pack(len(vectors)) + header[16 : -size.size] + size.pack(vectors.size))
+        for start in range(0, len(vectors), _WRITTEN):
+            file.write(np.ascontiguousarray(vectors[start : start + _WRITTEN], "<f4").data)
 
 
 class _Counter:

@@ -7,12 +7,11 @@ import copy
 import math
 from pathlib import Path
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError
-from retrieval.index.backend import write_faiss
+from retrieval.index.backend import write_flat
 from retrieval.index.codes import Codes, library
 from retrieval.index.exact import scan
 from retrieval.index.lists import Lists, save_lists
@@ -56,6 +55,11 @@ class CodesBackend:
         self.spec, self._probes = spec, int(spec.search.get("nprobe", 1))
 
     @property
+    def exact_from(self) -> float:
+        """As the protocol says: an effort that looks into every list is exact."""
+        return 1.0 if self._lists is None else max(1.0, len(self._lists.centres) / self._probes)
+
+    @property
     def count(self) -> int:
         """N."""
         return len(self.vectors)
@@ -83,9 +87,7 @@ class CodesBackend:
         if self._lists is not None:
             save_lists(self._lists, self.vectors, path)
             return
-        index = faiss.IndexFlatIP(self.width)
-        index.add(self.vectors)
-        write_faiss(index, path)
+        write_flat(self.vectors, path)
 
     def search(
         self,
