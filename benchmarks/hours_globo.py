@@ -97,7 +97,7 @@ def _rebuilt(work: Path, registry: Registry, clicks: pa.Table, moment: int) -> f
         registry,
         work / "nights" / str(moment),
         # The gates' answer is no part of the question.
-        RebuildConfig(training=training(4), index=IndexSpec(), gates=GateConfig(worse_by=1.0), warm_epochs=1, keep=99),
+        RebuildConfig(training=training(4), index=IndexSpec(), gates=GateConfig(worse_by=0.99), warm_epochs=1, keep=99),
         ingest=lambda out, known: read_clicks(log, out, known=known),
         encoder_config=lambda dataset: stream("stream", dataset),
     )

@@ -138,7 +138,7 @@ class _Chain:
         config = RebuildConfig(
             training=TrainConfig(epochs=self._parsed.epochs) if is_default else training(self._parsed.epochs),
             index=IndexSpec(),
-            gates=GateConfig(worse_by=1.0) if is_default else GateConfig(),
+            gates=GateConfig(worse_by=0.99) if is_default else GateConfig(),
             full=self.name != "warm",
             warm_epochs=self._parsed.warm_epochs,
             keep=99,
