@@ -56,9 +56,10 @@ def read_clicks(log: Path, out: Path, *, known: object = None, replace: bool = F
     return ingest(log, out, schema=_SCHEMA, features=_FEATURES, known=known, replace=replace)
 
 
-def training(epochs: int) -> TrainConfig:
+def training(epochs: int, seed: int = 0) -> TrainConfig:
     """How the preset `stream` is trained."""
-    return TrainConfig(epochs=epochs, negatives="in-batch", num_negatives=1024, visit_order="time", learning_rate=0.002)
+    how = TrainConfig(negatives="in-batch", num_negatives=1024, visit_order="time", learning_rate=0.002)
+    return how.model_copy(update={"epochs": epochs, "seed": seed})
 
 
 def first_time(day: Path) -> int:
