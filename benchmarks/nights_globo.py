@@ -6,10 +6,10 @@ One Parquet file a day. Every night `rebuild` runs on all days so far from the l
 from scratch, each with a registry of its own. The next day's clicks are asked for as `globo_asked` says: of each user
 the first one, and a sample of all. Items that a snapshot cannot know count as not found.
 
-Beside the two: on one night another seed from scratch ("seed"); on one the default encoder and training of `rebuild`,
-as many epochs from scratch over the same events and without gates; the snapshot of the night before; popularity at
-midnight (with the half-life that predicted best until then, of the last hour, of the last six), item-kNN over all
-until midnight, and what one list for everybody could reach in hindsight.
+Beside the two: on the second night another seed from scratch ("seed"), and the default encoder and training of
+`rebuild`, as many epochs from scratch over the same events and without gates ("default"); the snapshot of the night
+before; popularity at midnight (with the half-life that predicted best until then, of the last hour, of the last six),
+item-kNN over all until midnight, and what one list for everybody could reach in hindsight.
 
 `warm_ahead` is the warm snapshot's recall less this ranker's over the same queries, with its 95% interval over queries;
 `scratch_ahead` the same of that from scratch.
@@ -77,7 +77,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of a night from scratch (default: 4)")
     parser.add_argument("--warm-epochs", type=int, default=1, help="of a night from live weights (default: 1)")
     parser.add_argument("--scratch-every", type=int, default=3, help="nights between those from scratch (default: 3)")
-    parser.add_argument("--default-night", type=int, default=4, help="night of the default encoder (default: 4)")
     parser.add_argument("--first", type=int, default=6000, help="users asked for first clicks (default: 6000)")
     parser.add_argument("--every", type=int, default=20_000, help="clicks asked for of all (default: 20000)")
     parser.add_argument("--do", nargs="+", default=_PARTS, choices=_PARTS, help="rebuilds of which kind, and questions")
@@ -86,7 +85,7 @@ def main() -> None:
     days = sorted(parsed.clicks.glob("*.parquet"))
     chains = {name: _Chain(parsed, days, name) for name in _KINDS}
     for night in range(min(parsed.nights, len(days) - 1)):
-        runs = (True, night % parsed.scratch_every == 1, night == 1, night == parsed.default_night)
+        runs = (True, night % parsed.scratch_every == 1, night == 1, night == 1)
         names = [name for name, is_run in zip(_KINDS, runs, strict=True) if is_run]
         for name in names:
             if name in parsed.do:
