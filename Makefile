@@ -30,8 +30,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/retrieval demo $(DATA) --out $(OUT) $(ARGS)
 
+# A process per core, each with whole files, so that what a file's tests share is made once.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check

@@ -64,7 +64,7 @@ class Entry:
 
 
 # 101 epochs of the public tables are not needed with the full softmax, which gets there sooner.
-FULL = {"negatives": "full", "epochs": 50, "validate_every": 2}
+CONSTANT = {"negatives": "full", "epochs": 50, "validate_every": 2}
 # More and longer steps for the same tokens: see docs/quality.md.
 BRISK = {
     "negatives": "full",
@@ -75,28 +75,36 @@ BRISK = {
     "warmup_steps": 200,
     "clip_norm": 1.0,
     "validate_every": 4,
+    "epochs": 40,
 }
+ABLATION = BRISK | {"epochs": 24}
 ENTRIES: dict[str, Entry] = {
-    "HSTU": Entry("ml1m", FULL),
+    "HSTU": Entry("ml1m", BRISK),
+    "HSTU, constant rate": Entry("ml1m", CONSTANT),
     "HSTU, 512 shared negatives": Entry("ml1m", {"epochs": 50}),
     "HSTU, 128 negatives of each position (published)": Entry(
         "ml1m", {"epochs": 101, "num_negatives": 128, "shared_negatives": False}
     ),
-    "HSTU, brisk": Entry("ml1m", BRISK | {"epochs": 40}),
     "HSTU-large": Entry("large-ml1m", BRISK | {"epochs": 24}, {"dropout": 0.1}),
-    "HSTU-best": Entry("best-ml1m", BRISK | {"epochs": 18, "validate_every": 6}),
-    "SASRec": Entry("sasrec-ml1m", FULL),
-    "GRU4Rec": Entry("gru4rec-ml1m", FULL),
-    "BERT4Rec": Entry("bert4rec-ml1m", {"negatives": "full", "epochs": 100}),
-    "HSTU, no biases": Entry("ml1m", FULL, {"position_bias": False, "time_bias": False}),
-    "HSTU, position bias": Entry("ml1m", FULL, {"time_bias": False}),
-    "HSTU, time bias": Entry("ml1m", FULL, {"position_bias": False}),
-    "HSTU, softmax attention": Entry("ml1m", FULL, {"attention": "softmax"}),
-    "HSTU, softmax attention, no biases": Entry(
-        "ml1m", FULL, {"attention": "softmax", "position_bias": False, "time_bias": False}
+    "HSTU-best, 18 epochs": Entry("best-ml1m", BRISK | {"epochs": 18, "validate_every": 6}),
+    "HSTU-best": Entry("best-ml1m", BRISK | {"validate_every": 8}),
+    "SASRec": Entry("sasrec-ml1m", BRISK),
+    "SASRec, constant rate": Entry("sasrec-ml1m", CONSTANT),
+    "GRU4Rec": Entry("gru4rec-ml1m", BRISK),
+    "GRU4Rec, constant rate": Entry("gru4rec-ml1m", CONSTANT),
+    "BERT4Rec": Entry("bert4rec-ml1m", BRISK | {"epochs": 60}),
+    "ablation, both biases": Entry("ml1m", ABLATION),
+    "ablation, no biases": Entry("ml1m", ABLATION, {"position_bias": False, "time_bias": False}),
+    "ablation, position bias": Entry("ml1m", ABLATION, {"time_bias": False}),
+    "ablation, time bias": Entry("ml1m", ABLATION, {"position_bias": False}),
+    "ablation, softmax attention": Entry("ml1m", ABLATION, {"attention": "softmax"}),
+    "ablation, softmax attention, no biases": Entry(
+        "ml1m", ABLATION, {"attention": "softmax", "position_bias": False, "time_bias": False}
     ),
-    "HSTU, visible keys": Entry("ml1m", FULL, {"normalizer": "visible"}),
-    "HSTU, dropout 0.1": Entry("ml1m", FULL, {"dropout": 0.1}),
+    "ablation, visible keys": Entry("ml1m", ABLATION, {"normalizer": "visible"}),
+    "ablation, dropout 0.1": Entry("ml1m", ABLATION, {"dropout": 0.1}),
+    "ablation, all windows": Entry("ml1m", ABLATION | {"windows": "all"}),
+    "ablation, constant rate": Entry("ml1m", ABLATION | {"schedule": "constant", "learning_rate": 0.001}),
 }
 BASELINES = ("popularity", "item-kNN")
 

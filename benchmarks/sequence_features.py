@@ -9,9 +9,10 @@ Protocol `stable`, without choosing a checkpoint.
 new-users: a tenth of the users of ml1m have no event in training; asked for is the first event of each, if positive,
 from context alone. Differences are to popularity in training.
 
-globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer, and as a control one that
-never changes: what a further token brings by itself. The last of these days is asked for (`global-time`): the first
-click of each user on it, from what came before. Items that first appear on that day cannot be found.
+globo: the first days of Globo.com's clicks; auxiliary series are region, device and referrer, the hour of the day (UTC)
+by itself and with them, and as a control one that never changes: what a further token brings by itself. The last of
+these days is asked for (`global-time`): the first click of each user on it, from what came before. Items that first
+appear on that day cannot be found.
 
 `--every n` takes the users whose id is a multiple of n. Differences are to the first variant with the same seed, over
 the same users; intervals are 95% over users. `tokens/s` is of training, batches included, the variants' steps taken in
@@ -50,13 +51,13 @@ from retrieval.evaluation.ranking import query_batches, rank_by_scores
 from retrieval.training.batches import Batches
 from retrieval.training.config import TrainConfig
 from retrieval.training.learner import Learner
-from retrieval.training.schedule import Schedule
 from retrieval.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "sequence_features.csv"
 KS = (10, 50, 200)
 _CONTEXT = ("sex", "age", "occupation")
-_SERIES = ("region", "device_group", "referrer_type")
+_SERIES = dict.fromkeys(("region", "device_group", "referrer_type"), SideColumn(min_count=5))
+_HOUR = {"hour": SideColumn()}
 _ITEMS = ItemFeatureSchema.model_validate(
     {"attributes": {"genres": {"kind": "set"}, "title": {"kind": "text", "buckets": 8192}}}
 )
@@ -70,7 +71,9 @@ VARIANTS: dict[str, dict[str, FeatureSchema]] = {
     "globo": {
         "items": FeatureSchema(),
         "and a constant": FeatureSchema(auxiliary={"constant": SideColumn()}),
-        "and region, device, referrer": FeatureSchema(auxiliary=dict.fromkeys(_SERIES, SideColumn(min_count=5))),
+        "and region, device, referrer": FeatureSchema(auxiliary=_SERIES),
+        "and hour": FeatureSchema(auxiliary=_HOUR),
+        "and region, device, referrer, hour": FeatureSchema(auxiliary=_SERIES | _HOUR),
     },
 }
 
@@ -84,9 +87,16 @@ class Variant:
     shape: EncoderConfig
     items: ItemFeatureSchema | None
 
-    def config(self, epochs: int, seed: int, schedule: Schedule = "constant") -> TrainConfig:
+    def config(self, parsed: argparse.Namespace, seed: int) -> TrainConfig:
         """Hyperparameters."""
-        return TrainConfig(epochs=epochs, seed=seed, schedule=schedule, learning_rate=0.003, item_features=self.items)
+        return TrainConfig(
+            epochs=parsed.epochs,
+            batch_size=parsed.batch_size,
+            learning_rate=parsed.learning_rate,
+            schedule=parsed.schedule,
+            seed=seed,
+            item_features=self.items,
+        )
 
 
 def main() -> None:
@@ -97,6 +107,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="new folder for datasets and training runs")
     parser.add_argument("--preset", default="demo", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--schedule", default="constant", choices=("constant", "cosine"), help="of the learning rate")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="none: speeds alone")
     parser.add_argument("--every", type=int, default=8, help="takes one user in so many (default: 8)")
@@ -106,13 +118,13 @@ def main() -> None:
     parsed = parser.parse_args()
     parsed.work.mkdir(parents=True)
     variants = {name: _prepared(parsed, name, schema) for name, schema in VARIANTS[parsed.data].items()}
-    speeds = _speeds(variants, parsed.steps)
+    speeds = _speeds(variants, parsed)
     first = next(iter(variants))
     print({name: f"{speed:,.0f} tokens/s, {speed / speeds[first]:.2f}" for name, speed in speeds.items()}, flush=True)
     for seed in parsed.seeds:
         base = _popularity_ranks(variants[first]) if parsed.data == "new-users" else None
         for name, variant in variants.items():
-            config = variant.config(parsed.epochs, seed, parsed.schedule)
+            config = variant.config(parsed, seed)
             run = parsed.work / f"{list(variants).index(name)}-{seed}"
             kept = train(variant.dataset, variant.split, variant.shape, config, run)
             ranks = _ranks(variant, kept)
@@ -124,6 +136,8 @@ def main() -> None:
                 "preset": parsed.preset,
                 "epochs": parsed.epochs,
                 "schedule": parsed.schedule,
+                "batch": parsed.batch_size,
+                "rate": parsed.learning_rate,
                 "variant": name,
                 "seed": seed,
                 "queries": len(ranks),
@@ -149,6 +163,7 @@ def _prepared(parsed: argparse.Namespace, name: str, features: FeatureSchema) ->
         days = sorted((parsed.datasets / "globo").glob("*.parquet"))[: parsed.days]
         log = pa.concat_tables([pq.read_table(day) for day in days])
         log = log.append_column("constant", pa.array(np.zeros(len(log), np.int32)))
+        log = log.append_column("hour", pa.array(log["timestamp_ms"].to_numpy() // 3_600_000 % 24))
         users, columns = None, None
         schema = EventSchema(time="timestamp_ms", time_unit="ms")
         midnight = int(pc.min(pq.read_table(days[-1], columns=["timestamp_ms"])["timestamp_ms"]).as_py()) // 1000
@@ -206,11 +221,11 @@ def _scores(users: NDArray[np.float32], vectors: NDArray[np.float32], part: slic
     return scores
 
 
-def _speeds(variants: dict[str, Variant], steps: int) -> dict[str, float]:
+def _speeds(variants: dict[str, Variant], parsed: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of each variant: all tokens of a step over the median of their times, by steps in turns."""
-    runs = {name: _steps(variant) for name, variant in variants.items()}
+    runs = {name: _steps(variant, parsed) for name, variant in variants.items()}
     speeds: dict[str, list[float]] = {name: [] for name in variants}
-    for _, (name, run) in itertools.product(range(steps), runs.items()):
+    for _, (name, run) in itertools.product(range(parsed.steps), runs.items()):
         begun = time.perf_counter()
         tokens = next(run)
         speeds[name].append(tokens / (time.perf_counter() - begun))
@@ -218,9 +233,9 @@ def _speeds(variants: dict[str, Variant], steps: int) -> dict[str, float]:
     return {name: float(np.median(found[3:])) for name, found in speeds.items()}
 
 
-def _steps(variant: Variant) -> Iterator[int]:
+def _steps(variant: Variant, parsed: argparse.Namespace) -> Iterator[int]:
     """Tokens of each step of training, which is done when they are told."""
-    config = variant.config(1000, 0)
+    config = variant.config(parsed, 0).model_copy(update={"epochs": 1000})
     torch.manual_seed(0)
     encoder = build_encoder(variant.shape)
     batches = Batches(

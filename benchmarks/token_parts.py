@@ -53,6 +53,8 @@ VARIANTS = {
     "and asked for a rating": Variant(shape={"query_actions": True}),
     "and no time bias": Variant(shape={"time_bias": False}),
     "and items and actions interleaved": Variant(shape={"layout": "interleaved"}),
+    "4 layers": Variant(shape={"num_layers": 4}),
+    "4 layers, items and actions interleaved": Variant(shape={"num_layers": 4, "layout": "interleaved"}),
 }
 
 

@@ -36,6 +36,11 @@ class IndexBackend(Protocol):
     max_k: int | None
 
     @property
+    def exact_from(self) -> float:
+        """The effort from which on a search is exact: 1 where it always is, infinity where it never promises to be."""
+        ...
+
+    @property
     def count(self) -> int:
         """N."""
         ...
@@ -59,7 +64,7 @@ class IndexBackend(Protocol):
             queries: float32 `[B, D]`.
             k: answers per query, at most `max_k`.
             allowed: packed bitmap of the rows to look at, lowest bit first, uint8 `[ceil(N / 8)]`; None for all.
-            effort: how much harder to look than tuned; an exact index ignores it.
+            effort: how much harder to look than tuned, at least 1; an exact index ignores it.
 
         Returns:
             Answers `[B, k]`, best first, −1 past the last.
@@ -105,6 +110,7 @@ class FaissBackend:
     """
 
     max_k: int | None = None
+    exact_from = math.inf
 
     def __init__(self, index: faiss.Index, vectors: NDArray, spec: IndexSpec) -> None:
         assert vectors.shape == (index.ntotal, index.d)

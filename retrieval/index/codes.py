@@ -27,7 +27,11 @@ from numpy.typing import NDArray
 from retrieval.native import compiled
 from retrieval.types import SearchResult
 
-__all__ = ["Codes", "library"]
+__all__ = ["HEADERS", "SOURCES", "Codes", "library"]
+
+_FOLDER: Final = Path(__file__).parent
+SOURCES: Final = (_FOLDER / "codes_native.cpp", _FOLDER / "codes_encode_native.cpp")
+HEADERS: Final = (_FOLDER / "codes_native.h",)
 
 _LANES: Final = 16
 """Items of a block."""
@@ -40,8 +44,7 @@ _WORTH_A_THREAD: Final = 4_000_000
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled search; None where it cannot be had or is not wanted."""
-    sources = (Path(__file__).parent / "codes_native.cpp",)
-    return compiled("codes", sources, "indexes score items by their vectors, several times slower")
+    return compiled("codes", SOURCES, "indexes score items by their vectors, several times slower", headers=HEADERS)
 
 
 class _Codes(ctypes.Structure):
@@ -73,8 +76,8 @@ class Codes:
         vectors: float32 `[N, D]`, contiguous, possibly memory-mapped; N below 2³¹. Read once to make
             codes of it, then by rows.
         centres: float32 `[C, D]`; None where every item is scored.
-        counts: items of each list, int64 `[C]`.
-        order: rows of the lists' items, list by list, int64 `[N]`.
+        counts: items of each list, int64 `[C]`; by itself, of pieces that are all searched.
+        order: rows of the lists' items, list by list, int64 `[N]`, or of some items only.
     """
 
     def __init__(
@@ -91,8 +94,7 @@ class Codes:
         assert count < 2**31
         groups = math.ceil(width / 4)
         if counts is None:
-            counts = np.full(math.ceil(count / _PIECE), _PIECE, np.int64)
-            counts[-1:] = count - _PIECE * (len(counts) - 1)
+            counts = _pieces(count)
         starts = np.concatenate([[0], np.cumsum(-(-counts // _LANES))]).astype(np.int64)
         places = int(starts[-1]) * _LANES
         codes = _aligned(places * groups * 4, np.uint8)
@@ -125,6 +127,17 @@ class Codes:
         )
         self.bytes = sum(part.nbytes for part in (starts, counts, codes, scales, rows, padded) if part is not None)
 
+    @classmethod
+    def of_rows(cls, native: ctypes.CDLL, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> "Codes":
+        """Codes of some rows in one piece; searching them looks at no others.
+
+        Args:
+            native: the compiled library.
+            vectors: as above.
+            rows: int64 `[M]`, in any order.
+        """
+        return cls(native, vectors, None, _pieces(len(rows)), rows)
+
     def search(
         self, queries: NDArray[np.float32], k: int, probes: int = 1, allowed: NDArray[np.uint8] | None = None
     ) -> SearchResult:
@@ -156,6 +169,13 @@ class Codes:
         )
         self._native.codes_search(ctypes.byref(self._problem), ctypes.byref(asked))
         return SearchResult(rows=rows, scores=scores)
+
+
+def _pieces(count: int) -> NDArray[np.int64]:
+    """Sizes of the pieces that so many items are scored in."""
+    counts = np.full(math.ceil(count / _PIECE), _PIECE, np.int64)
+    counts[-1:] = count - _PIECE * (len(counts) - 1)
+    return counts
 
 
 def _address(array: NDArray | None) -> int | None:

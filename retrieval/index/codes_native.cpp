@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "codes_native.h"
 #include "native_threads.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__) && defined(__AVX512VL__) && !defined(RETRIEVAL_PORTABLE)
@@ -23,32 +24,10 @@
 #define WIDE 0
 #endif
 
-struct Codes {
-  int64_t width, groups;      // D, G
-  int64_t sections;           // lists, or pieces of one
-  const int64_t* starts;      // first block of each section, [sections + 1]
-  const int64_t* counts;      // items of each section, [sections]
-  const uint8_t* codes;       // [blocks][G][16][4]
-  const float* scales;        // of each place, [blocks * 16]; 0 where there is no item
-  const int32_t* rows;        // of each place, [blocks * 16]; null where places are rows
-  const float* vectors;       // [N, D]
-  float error, norm;          // largest |x − x̂| and |x̂|
-  int64_t lists;              // of `centres`; 0 where every section is searched
-  const float* centres;       // [D][lists], lists a multiple of 16
-};
-
-struct Asked {
-  int64_t queries, k, probes, threads;
-  const float* vectors;       // [B, D]
-  const uint8_t* allowed;     // packed rows, or null
-  float* scores;              // [B, K]
-  int64_t* rows;              // [B, K]
-};
-
 namespace {
 
 // So many queries share each reading of the codes, which comes from memory where there are millions of items.
-constexpr int64_t LANES = 16, GROUP_QUERIES = 256, BUFFER = 384, LARGEST_BUFFER = 1 << 15;
+constexpr int64_t GROUP_QUERIES = 256, BUFFER = 384, LARGEST_BUFFER = 1 << 15;
 
 float dot(const float* a, const float* b, int64_t width) {
   float parts[LANES] = {};
@@ -122,7 +101,7 @@ struct Query {
   Query(const Codes& over, const float* asked, int64_t k_) : codes(&over), vector(asked), k(k_) {
     float largest = 0, squares = 0, off = 0;
     for (int64_t d = 0; d < over.width; ++d) largest = std::max(largest, std::fabs(asked[d]));
-    scale = largest > 0 ? largest / 127 : 1;
+    scale = scale_of(largest);
     bytes.assign(over.groups * 4, 0);
     offset = 0;
     for (int64_t d = 0; d < over.width; ++d) {
@@ -395,32 +374,6 @@ std::vector<Query> asked_from(const Codes& codes, const Asked& asked, int64_t be
 }  // namespace
 
 extern "C" {
-
-// Codes, scales and rows of the places of all sections, whose items are `order` end to end, in blocks of 16 per section.
-void codes_encode(Codes* codes, const int64_t* order, uint8_t* out, float* scales, int32_t* rows) {
-  codes->error = codes->norm = 0;
-  std::vector<float> squares(2);
-  int64_t next = 0;
-  for (int64_t section = 0; section < codes->sections; ++section) {
-    for (int64_t i = 0; i < codes->counts[section]; ++i, ++next) {
-      int64_t row = order ? order[next] : next, block = codes->starts[section] + i / LANES, lane = i % LANES;
-      const float* x = codes->vectors + row * codes->width;
-      float largest = 0, error = 0, norm = 0;
-      for (int64_t d = 0; d < codes->width; ++d) largest = std::max(largest, std::fabs(x[d]));
-      float scale = largest > 0 ? largest / 127 : 1;
-      uint8_t* at = out + block * codes->groups * 64 + lane * 4;
-      for (int64_t d = 0; d < codes->width; ++d) {
-        float rounded = std::nearbyint(x[d] / scale), off = x[d] - rounded * scale;
-        at[d / 4 * 64 + d % 4] = uint8_t(int(rounded) + 128);
-        error += off * off, norm += rounded * scale * rounded * scale;
-      }
-      scales[block * LANES + lane] = scale;
-      if (rows) rows[block * LANES + lane] = int32_t(row);
-      codes->error = std::max(codes->error, std::sqrt(error));
-      codes->norm = std::max(codes->norm, std::sqrt(norm));
-    }
-  }
-}
 
 void codes_search(const Codes* codes, const Asked* asked) {
   int64_t threads = std::max<int64_t>(1, asked->threads), queries = asked->queries;

@@ -28,6 +28,11 @@ class PartialBackend:
         self._inner, self._rows = inner, rows
 
     @property
+    def exact_from(self) -> float:
+        """As the protocol says."""
+        return self._inner.exact_from
+
+    @property
     def count(self) -> int:
         """M."""
         return len(self._rows)

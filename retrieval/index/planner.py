@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from retrieval.index.attributes import Eligible
 from retrieval.index.backend import IndexBackend
-from retrieval.index.exact import scan
+from retrieval.index.exact import keeps, scan
 from retrieval.types import Plan
 
 __all__ = ["Costs", "Planner", "Step", "depth_class", "measure_costs"]
@@ -31,8 +31,10 @@ _TUNED_DEPTH: Final = 128
 _ROOT_DEPTH: Final = 2048
 # So few survivors are scanned faster than any index answers.
 _ALWAYS_SCANNED: Final = 2048
-# Searches share the gathering of survivors' vectors; a plan must not depend on how many really do.
+# Queries share the gathering of survivors: those of one search, and where it is kept those of later ones. A plan must
+# not depend on how many really do.
 _SHARED_BY: Final = 8
+_SHARED_BY_LATER: Final = 64
 # A selector's search that had to go this many times deeper than planned is not trusted. Measured: see docs/filters.md.
 _TOO_DEEP: Final = 2
 _GROWTH: Final = 4
@@ -46,7 +48,7 @@ class Costs:
         search: one query of the index at effort 1.
         candidate: each candidate that it fetches.
         restricted: one query of the index over eligible items only, at effort 1; infinite where it cannot.
-        gather: fetching the vector of one survivor for a scan, shared by the queries of a search.
+        gather: fetching one survivor for a scan, shared by queries.
         score: scoring it for one query.
     """
 
@@ -127,7 +129,7 @@ class Planner:
         if depth <= min(count, self._deepest):
             ways.append((self._index_cost(depth), self._index(depth)))
         if survivors < count and need <= self._deepest and self._backend.supports_allowed:
-            effort = _effort(depth)
+            effort = self._effort(depth)
             cost = self.costs.restricted * effort + self.costs.candidate * need
             ways.append((cost, Step(plan=Plan.SELECTOR, fetch=min(need, count), effort=effort)))
         return min(ways, key=lambda way: way[0])[1]
@@ -159,24 +161,31 @@ class Planner:
             step: the selector's.
             survivors: items that are eligible.
         """
+        if step.effort >= self._backend.exact_from:
+            return np.zeros(len(queries), bool)
         expected = step.fetch / survivors * len(self._sample)
         deeper = np.count_nonzero(queries @ self._sample.T > scores[:, None], axis=1)
         # The square root allows for chance in the sample.
         limit = _TOO_DEEP * (expected + math.sqrt(expected) + 1)
         return np.asarray(deeper > limit)
 
+    def _effort(self, depth: int) -> float:
+        """To find what lies so deep; an exact search needs no more than what makes it one."""
+        return min(_effort(depth), self._backend.exact_from)
+
     @property
     def _deepest(self) -> int:
         return self._backend.max_k if self._backend.max_k is not None else self._backend.count
 
     def _index(self, depth: int) -> Step:
-        return Step(plan=Plan.INDEX, fetch=min(depth, self._backend.count), effort=_effort(depth))
+        return Step(plan=Plan.INDEX, fetch=min(depth, self._backend.count), effort=self._effort(depth))
 
     def _index_cost(self, depth: int) -> float:
-        return self.costs.search * _effort(depth) + self.costs.candidate * depth
+        return self.costs.search * self._effort(depth) + self.costs.candidate * depth
 
     def _scan_cost(self, survivors: int) -> float:
-        return survivors * (self.costs.gather / _SHARED_BY + self.costs.score)
+        shared_by = _SHARED_BY_LATER if keeps(self._backend.vectors, survivors) else _SHARED_BY
+        return survivors * (self.costs.gather / shared_by + self.costs.score)
 
 
 def _scanned(need: int, survivors: int) -> Step:

@@ -4,17 +4,18 @@ Shape legend: B queries, N items of the index, A added items, D width, K answers
 excluded rows of all queries together.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.errors import FilterError, InputError
+from retrieval.errors import InputError
 from retrieval.index.attributes import Attributes, Eligible, in_bitmap
 from retrieval.index.backend import IndexBackend
-from retrieval.index.exact import scan
 from retrieval.index.filter import Filter
+from retrieval.index.part import Part
 from retrieval.index.planner import Costs, Planner, Step, depth_class
 from retrieval.index.side import Changes, alive
 from retrieval.types import Answers, Plan
@@ -71,8 +72,8 @@ class Searcher:
         self._backend, self._tie_rank = backend, tie_rank
         self._planner = Planner(backend, costs)
         withdrawn = np.concatenate([np.asarray(changes.withdrawn, np.int64), self._retired])
-        self._indexed = _Part(backend.vectors, attributes, alive(withdrawn, 0, count))
-        self._added = _Part(changes.vectors, changes.attributes, alive(withdrawn, count, count + added))
+        self._indexed = Part(backend.vectors, attributes, alive(withdrawn, 0, count))
+        self._added = Part(changes.vectors, changes.attributes, alive(withdrawn, count, count + added))
 
     def with_changes(self, changes: Changes, tie_rank: NDArray[np.int64]) -> "Searcher":
         """A searcher over the same index with these changes in place of its present ones; this one stays as it is.
@@ -254,8 +255,7 @@ class Searcher:
         parts = []
         if step.fetch:
             if step.plan is Plan.SCAN:
-                rows = goal.indexed.rows if goal.indexed.count < self._count else None
-                parts.append(scan(self._backend.vectors, queries, step.fetch, rows))
+                parts.append(self._scan(queries, goal.indexed, step.fetch))
                 limit = goal.indexed.count
             else:
                 allowed = goal.indexed.bitmap if step.plan is Plan.SELECTOR else None
@@ -266,7 +266,7 @@ class Searcher:
                 # Whatever was not fetched scores no better than the last that was; −∞ where there was no last.
                 np.copyto(cut, parts[0][1][:, -1], where=parts[0][0][:, -1] >= 0)
         if fetch_added:
-            rows, scores = scan(self._added.vectors, queries, fetch_added, goal.added.rows)
+            rows, scores = self._added.scanner.scan(queries, fetch_added, goal.added)
             parts.append((rows + self._count, scores))
             if fetch_added < goal.added.count:
                 cut = np.maximum(cut, scores[:, -1])
@@ -275,6 +275,15 @@ class Searcher:
         rows, scores = (np.hstack(columns) for columns in zip(*parts, strict=True))
         order = np.argsort(-scores, axis=1, kind="stable")
         return _Candidates(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1), cut)
+
+    def _scan(
+        self, queries: NDArray[np.float32], eligible: Eligible, fetch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The best of some items of the index by scoring them all."""
+        if eligible.count == self._count and math.isfinite(effort := self._backend.exact_from):
+            found = self._backend.search(queries, fetch, effort=effort)
+            return found.rows, found.scores
+        return self._indexed.scanner.scan(queries, fetch, eligible)
 
     def _ordered(
         self, queries: NDArray[np.float32], rows: NDArray[np.int64]
@@ -295,36 +304,6 @@ class Searcher:
             rows[unsure] = np.take_along_axis(rows[unsure], order, axis=1)
             scores[unsure] = np.take_along_axis(scores[unsure], order, axis=1)
         return rows, scores
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Some of the items: those of the index, or those added to it.
-
-    Attributes:
-        vectors: their embeddings.
-        attributes: theirs; None if they have none.
-        alive: those not withdrawn.
-    """
-
-    vectors: NDArray
-    attributes: Attributes | None
-    alive: Eligible
-
-    def check(self, filter_: Filter) -> None:
-        if self.attributes is None:
-            raise FilterError(f"filter {str(filter_)!r}: the catalogue has no attributes")
-        self.attributes.check(filter_)
-
-    def eligible(self, filter_: Filter | None) -> Eligible:
-        if filter_ is None or len(self.vectors) == 0:
-            return self.alive
-        self.check(filter_)
-        assert self.attributes is not None
-        compiled = self.attributes.compile(filter_)
-        if self.alive.count == len(self.vectors):
-            return compiled
-        return Eligible(compiled.bitmap & self.alive.bitmap)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """8-bit codes lose nothing: every answer is that of scoring all vectors, on every path of the compiled search."""
 
 import ctypes
-from pathlib import Path
 
 import faiss
 import numpy as np
@@ -12,20 +11,18 @@ from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError
 from retrieval.index import codes, codes_backend
-from retrieval.index.codes import Codes, library
+from retrieval.index.codes import HEADERS, SOURCES, Codes, library
 from retrieval.index.codes_backend import CodesBackend
 from retrieval.index.lists import build_lists
 from retrieval.index.spec import IndexSpec
 from retrieval.native import compiled
-
-SOURCE = Path(codes.__file__).with_name("codes_native.cpp")
 
 
 @pytest.fixture(scope="module", params=["wide", "portable"])
 def native(request: pytest.FixtureRequest) -> ctypes.CDLL:
     """As built for this processor, and as built for one without its instructions."""
     portable = ("-DRETRIEVAL_PORTABLE", "-O1")
-    found = library() if request.param == "wide" else compiled("codes-portable", [SOURCE], "", portable)
+    found = library() if request.param == "wide" else compiled("codes-portable", SOURCES, "", portable, HEADERS)
     if found is None:
         pytest.skip("no C++ compiler")
     return found

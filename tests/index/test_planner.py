@@ -20,7 +20,12 @@ COSTS = Costs(search=200, candidate=0.5, restricted=210, gather=0.8, score=0.1)
 @pytest.fixture(scope="module")
 def backend() -> Index:
     vectors = np.random.default_rng(0).normal(size=(COUNT, 4)).astype(np.float32)
-    return build_index(vectors, IndexSpec())
+    return build_index(vectors, IndexSpec(factory="IVF100,Int8"))
+
+
+@pytest.fixture(scope="module")
+def exact(backend: Index) -> Index:
+    return build_index(backend.vectors, IndexSpec())
 
 
 def test_depths_are_rounded_up_to_classes() -> None:
@@ -64,6 +69,27 @@ def test_a_search_that_fell_short_goes_four_times_deeper_and_then_scans(backend:
     assert step == Step(plan=Plan.SCAN, fetch=128)
     assert planner.after(step, 128, 8000).fetch == 128 * 16
     assert planner.after(planner.after(step, 128, 8000), 128, 8000).fetch == 8000
+
+
+def test_an_exact_index_needs_no_more_effort_however_deep(exact: Index) -> None:
+    # Nor can a selector's answer lie too deep: without that, its cost would be 200 · √(320 / 128) here.
+    planner = Planner(exact, Costs(search=200, candidate=0.5, restricted=210, gather=0.8, score=0.055))
+    assert planner.first(128, 5000) == Step(plan=Plan.SELECTOR, fetch=128)  # 274 against 360 and 775
+    assert planner.first(128, 1700) == Step(plan=Plan.SCAN, fetch=128)  # 264
+    cheap = Costs(search=1e-9, candidate=0, restricted=math.inf, gather=1, score=1)
+    assert Planner(exact, cheap).first(8192, COUNT) == Step(plan=Plan.INDEX, fetch=8192)
+
+
+def test_a_selector_is_not_asked_to_do_more_than_makes_it_exact(backend: Index, exact: Index) -> None:
+    # All of the catalogue scores better than this.
+    queries, scores = np.ones((1, 4), np.float32), np.full(1, -1e9, np.float32)
+    step = Step(plan=Plan.SELECTOR, fetch=128)
+    assert Planner(backend, COSTS).too_deep(queries, scores, step, 5000).tolist() == [True]
+    assert Planner(exact, COSTS).too_deep(queries, scores, step, 5000).tolist() == [False]
+    everywhere = Step(plan=Plan.SELECTOR, fetch=128, effort=backend.exact_from)
+    assert Planner(backend, COSTS).too_deep(queries, scores, everywhere, 5000).tolist() == [False]
+    cheap = Costs(search=1, candidate=0, restricted=1e-9, gather=1, score=1)
+    assert Planner(backend, cheap).first(8192, 5000).effort == backend.exact_from == 100
 
 
 def test_an_index_with_a_limit_is_not_asked_for_more(backend: Index) -> None:
