@@ -9,10 +9,10 @@ Writes `items.npy` float32 `[N, D]` and `queries.npy` float32 `[1000, D]`, all o
 over the users is far from what training could reach; it is enough that items lie by what they are and users where they
 ask. What is done in WORK is not done again.
 
-A world has a million items at most. With `--variants V` items also have a content vector of 32 numbers (their category's,
-that of the series of eight that they belong to, and noise), which training learns to project, and the catalogue is V times
-as large: V − 1 variants of each item, like it but for a content vector of their own, through the projection that was
-learned: e' = e + (v' − v)·W. Items are written in shards, never all in memory.
+A world has a million items at most. With `--variants V` items also have a content vector of 32 numbers (their
+category's, that of the series of eight that they belong to, and noise), which training learns to project, and the
+catalogue is V times as large: V − 1 variants of each item, like it but for a content vector of their own, through the
+projection that was learned: e' = e + (v' − v)·W. Items are written in shards, never all in memory.
 """
 
 import argparse
@@ -74,9 +74,7 @@ def main() -> None:
 def _world(parsed: argparse.Namespace) -> tuple[Path, Path]:
     """The dataset and the schema of its features."""
     world, dataset, features = parsed.work / "world", parsed.work / "data", parsed.work / "features.toml"
-    config = WorldConfig(
-        seed=0, users=parsed.users, items=parsed.items, categories=250, days=90, events_per_user=60
-    )
+    config = WorldConfig(seed=0, users=parsed.users, items=parsed.items, categories=250, days=90, events_per_user=60)
     if not world.exists():
         generate_world(config, world)
     file = world / "items.parquet"
@@ -118,7 +116,9 @@ def _write_variants(dataset: Dataset, run: Path, out: NDArray[np.float32]) -> No
         learned = weights.get_tensor("item_embedding.weight")
     vocabulary = dataset.vocabulary
     count = len(learned)
-    of = _numbers_and_categories(pa.chunked_array([vocabulary.ids]), pa.chunked_array([vocabulary.attributes["category"]]))
+    of = _numbers_and_categories(
+        pa.chunked_array([vocabulary.ids]), pa.chunked_array([vocabulary.attributes["category"]])
+    )
     without = learned - _contents(*of, variant=0) @ projection
     for variant in range(1, len(out) // count):
         out[variant * count : (variant + 1) * count] = _unit(without + _contents(*of, variant=variant) @ projection)
