@@ -45,6 +45,7 @@ class Variant:
     shape: dict[str, object] | None = None
 
 
+_DEEPER: dict[str, object] = {"num_layers": 4, "num_heads": 2, "qk_dim": 25, "v_dim": 25}
 VARIANTS = {
     "all predicted, ratings not read": Variant(positive=(), actions=False),
     "all predicted, ratings read": Variant(positive=()),
@@ -53,8 +54,8 @@ VARIANTS = {
     "and asked for a rating": Variant(shape={"query_actions": True}),
     "and no time bias": Variant(shape={"time_bias": False}),
     "and items and actions interleaved": Variant(shape={"layout": "interleaved"}),
-    "4 layers": Variant(shape={"num_layers": 4}),
-    "4 layers, items and actions interleaved": Variant(shape={"num_layers": 4, "layout": "interleaved"}),
+    "4 layers of 2 heads": Variant(shape=_DEEPER),
+    "4 layers of 2 heads, items and actions interleaved": Variant(shape=_DEEPER | {"layout": "interleaved"}),
 }
 
 

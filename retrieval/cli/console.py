@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["OUT", "Update", "progress", "say"]
+__all__ = ["OUT", "Update", "lines", "progress", "say"]
 
 # A pipe has no width of its own; tables should not be cut to a guess.
 _PIPE_WIDTH = 140
@@ -48,11 +48,18 @@ def progress(name: str) -> Iterator[Update]:
             yield show
         return
 
-    started = last = time.monotonic()
+    yield lines(name)
+
+
+def lines(name: str) -> Update:
+    """Progress in plain lines, one every few seconds and at the end; time counts from the first report."""
+    started = last = -1.0
 
     def line(done: float, total: float, note: str = "") -> None:
-        nonlocal last
+        nonlocal started, last
         now = time.monotonic()
+        if started < 0:
+            started = last = now
         if now - last < _PLAIN_SECONDS and done < total:
             return
         last = now
@@ -60,4 +67,4 @@ def progress(name: str) -> Iterator[Update]:
         left = elapsed * (total - done) / done if done else 0.0
         say(f"{name}: {done:,.0f} of {total:,.0f}  {note}  {elapsed:.0f} s, {left:.0f} s left")
 
-    yield line
+    return line

@@ -36,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def add_event_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how events and the metadata of items and users are written."""
+    """Add what says how events, the metadata of items and users, and auxiliary series are written."""
     # Defaults live in EventSchema and ItemSchema alone: an option that is not given is not passed on.
     columns = parser.add_argument_group("columns of the event log")
     columns.add_argument("--user", metavar="COLUMN", help="user ids (default: user_id)")
@@ -57,15 +57,36 @@ def add_event_options(parser: argparse.ArgumentParser) -> None:
     items.add_argument("--items", type=Path, metavar="FILE", help="titles and other attributes of items")
     items.add_argument("--items-id", metavar="COLUMN", help="item ids there (default: item_id)")
     items.add_argument("--items-title", metavar="COLUMN", help="titles there (default: `title` where there is one)")
-    items.add_argument("--items-columns", metavar="NAMES", help="as --columns, for the metadata")
-    items.add_argument("--items-delimiter", help="as --delimiter, for the metadata")
-    items.add_argument("--items-encoding", choices=("utf-8", "latin-1"), help="as --encoding, for the metadata")
+    _add_dialect(items, "items", "the metadata")
     users = parser.add_argument_group("context of users, as --features names it")
     users.add_argument("--users", type=existing_path, metavar="FILE", help="static attributes of users")
     users.add_argument("--users-id", metavar="COLUMN", help="user ids there (default: user_id)")
-    users.add_argument("--users-columns", metavar="NAMES", help="as --columns, for the users' file")
-    users.add_argument("--users-delimiter", help="as --delimiter, for the users' file")
-    users.add_argument("--users-encoding", choices=("utf-8", "latin-1"), help="as --encoding, for the users' file")
+    _add_dialect(users, "users", "the users' file")
+    series = parser.add_argument_group(
+        "auxiliary series, as --features names them, that are no columns of the event log"
+    )
+    series.add_argument("--series", type=existing_path, metavar="FILE", help="a log of them, of a row per value")
+    series.add_argument("--series-user", metavar="COLUMN", help="user ids there (default: user_id)")
+    series.add_argument("--series-name", metavar="COLUMN", help="names of series (default: series)")
+    series.add_argument("--series-value", metavar="COLUMN", help="values (default: value)")
+    series.add_argument("--series-time", metavar="COLUMN", help="times from which on they hold (default: timestamp)")
+    _add_dialect(series, "series", "that log")
+
+
+def _add_dialect(group: "argparse._ActionsContainer", file: str, what: str) -> None:
+    """Add how a file beside the event log is written."""
+    group.add_argument(f"--{file}-columns", metavar="NAMES", help=f"as --columns, for {what}")
+    group.add_argument(f"--{file}-delimiter", help=f"as --delimiter, for {what}")
+    group.add_argument(f"--{file}-encoding", choices=("utf-8", "latin-1"), help=f"as --encoding, for {what}")
+
+
+def _schema(parsed: argparse.Namespace, file: str, **columns: str) -> dict[str, Any]:
+    """What was given of a file's schema; `columns` are its fields by the options that name them."""
+    named = columns | {"columns": "columns", "delimiter": "delimiter", "encoding": "encoding"}
+    given = {field: getattr(parsed, f"{file}_{option}") for field, option in named.items()}
+    if given["columns"] is not None:
+        given["columns"] = tuple(given["columns"].split(","))
+    return {field: value for field, value in given.items() if value is not None}
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -93,7 +114,7 @@ def ingest_with_progress(
     `known` is as for `ingest`.
     """
     from retrieval.data.features import FeatureSchema
-    from retrieval.data.ingest import EventSchema, ItemSchema, UserSchema, ingest
+    from retrieval.data.ingest import EventSchema, ItemSchema, SeriesSchema, UserSchema, ingest
 
     names = ("user", "item", "time", "action", "order", "time_unit", "delimiter", "encoding")
     schema |= {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
@@ -101,28 +122,20 @@ def ingest_with_progress(
         schema["positive"] = tuple(parsed.positive.split(","))
     if parsed.columns is not None:
         schema["columns"] = tuple(parsed.columns.split(","))
-    metadata = {
-        "item": parsed.items_id,
-        "title": parsed.items_title,
-        "columns": tuple(parsed.items_columns.split(",")) if parsed.items_columns else None,
-        "delimiter": parsed.items_delimiter,
-        "encoding": parsed.items_encoding,
-    }
-    people = {
-        "user": parsed.users_id,
-        "columns": tuple(parsed.users_columns.split(",")) if parsed.users_columns else None,
-        "delimiter": parsed.users_delimiter,
-        "encoding": parsed.users_encoding,
-    }
+    metadata = _schema(parsed, "items", item="id", title="title")
+    people = _schema(parsed, "users", user="id")
+    points = _schema(parsed, "series", user="user", series="name", value="value", time="time")
     with progress("ingest") as update:
         return ingest(
             events,
             out,
             schema=EventSchema.parse(schema, "command line"),
             items=parsed.items or items,
-            item_schema=ItemSchema.parse({k: v for k, v in metadata.items() if v is not None}, "command line"),
+            item_schema=ItemSchema.parse(metadata, "command line"),
             users=parsed.users,
-            user_schema=UserSchema.parse({k: v for k, v in people.items() if v is not None}, "command line"),
+            user_schema=UserSchema.parse(people, "command line"),
+            series=parsed.series,
+            series_schema=SeriesSchema.parse(points, "command line"),
             features=FeatureSchema.load(parsed.features) if parsed.features is not None else None,
             known=known,
             memory=memory,

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from retrieval.cli.console import OUT, say
+from retrieval.cli.console import OUT, progress, say
 from retrieval.cli.options import REGISTRY_HELP, add_index_options, add_json_option, index_spec
 
 __all__ = ["add_parser"]
@@ -32,7 +32,16 @@ def run(parsed: argparse.Namespace) -> None:
     report_file = parsed.run_dir / "report.json"
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
     registry = Registry(parsed.registry)
-    version = publish_snapshot(dataset, parsed.run_dir, registry, spec, report, on_choice=say)
+    with progress("index") as update:
+        version = publish_snapshot(
+            dataset,
+            parsed.run_dir,
+            registry,
+            spec,
+            report,
+            on_choice=say,
+            on_progress=lambda done, total: update(done, total, ""),
+        )
     manifest = registry.manifest(version)
     if parsed.json:
         print(json.dumps({"version": version, "items": manifest.items, "ann_recall": manifest.ann_recall}))

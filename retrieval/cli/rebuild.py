@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from retrieval.cli.console import OUT, progress, say
+from retrieval.cli.console import OUT, lines, progress, say
 from retrieval.cli.ingest import add_event_options, ingest_with_progress
 from retrieval.cli.options import (
     REGISTRY_HELP,
@@ -102,7 +102,7 @@ def run(parsed: argparse.Namespace) -> None:
     expiry = {"unseen_days": parsed.expire_after, "column": parsed.expires, "unlisted": parsed.expire_unlisted}
     parts = {"training": train_config(parsed), "index": index_spec(parsed), "gates": gates, "expiry": expiry}
     config = RebuildConfig.parse(given | parts | {"inputs": _inputs(parsed)}, "command line")
-    device = pick_device(parsed.device)
+    device, indexed = pick_device(parsed.device), lines("index")
     with opened_histories(parsed.histories) as histories, progress("train") as update:
 
         def on_step(step: StepReport) -> None:
@@ -124,6 +124,7 @@ def run(parsed: argparse.Namespace) -> None:
             on_stage=lambda name: say(f"{name} …"),
             on_note=say,
             on_step=on_step,
+            on_indexed=lambda done, total: indexed(done, total, ""),
         )
     if parsed.json:
         print(json.dumps({"version": night.version, "report": night.report}))
@@ -132,15 +133,16 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _inputs(parsed: argparse.Namespace) -> dict[str, str]:
-    """All options that may decide what a night makes; of a file also what tells that it was changed."""
+    """All options that may decide what a night makes; of files also what tells that they were changed."""
     inputs = {}
     for name, value in vars(parsed).items():
         if name in _NOT_INPUTS or value is None:
             continue
         inputs[name] = str(value)
-        if isinstance(value, Path) and value.is_file():
-            found = value.stat()
-            inputs[name] += f", {found.st_size} bytes, written at {found.st_mtime_ns}"
+        if isinstance(value, Path):
+            for file in [value] if value.is_file() else sorted(value.rglob("*")):
+                found = file.stat()
+                inputs[name] += f", {file.name}: {found.st_size} bytes, written at {found.st_mtime_ns}"
     return inputs
 
 

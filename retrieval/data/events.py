@@ -29,6 +29,7 @@ __all__ = [
     "ItemSchema",
     "Kind",
     "Part",
+    "SeriesSchema",
     "Source",
     "TimeUnit",
     "UserSchema",
@@ -138,6 +139,19 @@ class UserSchema(Dialect):
     """
 
     user: str = "user_id"
+
+
+class SeriesSchema(Dialect):
+    """Which columns of a log of auxiliary series mean what: a row says that a series has a value from a time on.
+
+    Attributes:
+        user, series, value, time: column names.
+    """
+
+    user: str = "user_id"
+    series: str = "series"
+    value: str = "value"
+    time: str = "timestamp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ class FeatureSchema(Config):
             their events. One that only the items' file names counts as new.
         items: attributes of items; None: ids alone.
         context: static attributes of users, columns of the users' file: a token each in front of every history.
-        auxiliary: slowly changing values, columns of the event log, each a series of its own.
+        auxiliary: slowly changing values, each a series: a column of the event log, in the log of series, or both.
     """
 
     max_items: int | None = Field(default=None, ge=1)

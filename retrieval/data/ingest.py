@@ -11,10 +11,8 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +20,23 @@ import pyarrow as pa
 from retrieval.data.catalogue import Catalogue, read_attributes, stage_catalogue
 from retrieval.data.dataset import DATASET_FORMAT, ActionValue, Dataset, DatasetInfo, fingerprint_of
 from retrieval.data.duck import Engine, Progress
-from retrieval.data.events import Dialect, EventSchema, ItemSchema, Source, UserSchema, open_source
+from retrieval.data.events import Dialect, EventSchema, ItemSchema, SeriesSchema, Source, UserSchema, open_source
 from retrieval.data.features import FeatureSchema
-from retrieval.data.side import People, read_kinds, spill_auxiliary, stage_people, staged_values, write_side
+from retrieval.data.meaning import Meaning, common_type
+from retrieval.data.side import (
+    People,
+    Points,
+    read_kinds,
+    series_points,
+    spill_auxiliary,
+    stage_people,
+    stage_points,
+    staged_values,
+    write_side,
+)
 from retrieval.data.spill import Spill
 from retrieval.data.staging import (
     FOREIGN,
-    IdColumn,
-    TimeColumn,
     check_order,
     read_actions,
     read_ids,
@@ -39,12 +46,13 @@ from retrieval.data.staging import (
     staged_text,
     staged_time,
 )
+from retrieval.data.statistics import statistics_of
 from retrieval.data.sweep import Rows, Sweep
 from retrieval.errors import ConfigError, DataError, RetrievalError
 from retrieval.files import new_folder
 from retrieval.types import TokenKind
 
-__all__ = ["Dialect", "EventSchema", "ItemSchema", "UserSchema", "ingest"]
+__all__ = ["Dialect", "EventSchema", "ItemSchema", "SeriesSchema", "UserSchema", "ingest"]
 
 _MAX_ITEMS = 2**31 - 1
 
@@ -58,6 +66,8 @@ def ingest(
     item_schema: ItemSchema | None = None,
     users: Path | None = None,
     user_schema: UserSchema | None = None,
+    series: Path | None = None,
+    series_schema: SeriesSchema | None = None,
     features: FeatureSchema | None = None,
     known: pa.Array | None = None,
     memory: str = "2GB",
@@ -74,6 +84,8 @@ def ingest(
         item_schema: columns of the metadata.
         users: static attributes of users, in any of the formats.
         user_schema: columns of that file.
+        series: a log of auxiliary series, in any of the formats; of users that the event log names.
+        series_schema: columns of that log.
         features: which columns are carried beside the main series; those of items are carried anyway.
         known: ids of items that have rows already, in the order of these: they keep them, whether the log still has
             events of them or not, and new items come after. Where items are read too, the vocabulary then tells in a
@@ -88,7 +100,8 @@ def ingest(
 
     Raises:
         DataError: the log or the metadata cannot be used; the sentence names file, column and, where it can, row.
-        ConfigError: `memory` is no size, or not enough; or `features` names context without a users' file.
+        ConfigError: `memory` is no size, or not enough; or `features` names context without a users' file, or none
+            or no series for a file that is given.
         RetrievalError: a file cannot be read or written, or the disk is full.
     """
     _refuse_existing(out, replace)
@@ -97,10 +110,14 @@ def ingest(
         raise ConfigError(f"context: {', '.join(features.context)} must come from a users' file, and none is given")
     if users is not None and not features.context:
         raise ConfigError(f"{users}: the features declare no context to be read from a users' file")
+    if series is not None and not features.auxiliary:
+        raise ConfigError(f"{series}: the features declare no auxiliary series to be read from a log of their own")
     try:
         with new_folder(out, replace=replace) as folder, _scratch(folder) as scratch:
             run = _Ingest(folder, scratch, sources, schema or EventSchema(), features, memory, progress, known)
-            run.run(items, item_schema or ItemSchema(), users, user_schema or UserSchema())
+            people = None if users is None else (users, user_schema or UserSchema())
+            points = None if series is None else (series, series_schema or SeriesSchema())
+            run.run(items, item_schema or ItemSchema(), people, points)
     except OSError as error:
         raise RetrievalError(f"{error.filename or out}: {error.strerror or error}") from error
     return Dataset(out)
@@ -129,40 +146,6 @@ def _refuse_existing(out: Path, replace: bool) -> None:
         raise DataError(f"{out}: is not a dataset folder, so it is not replaced")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Meaning:
-    """What the staged table's columns are: SQL for each, and what it was decided from."""
-
-    source: Source
-    users: IdColumn
-    items: IdColumn
-    times: TimeColumn
-    action: str | None
-    order: str | None
-    series: tuple[str, ...]
-    item_type: Literal["integer", "string"]
-    bounded: bool = False  # whether table `kept` holds the items that stay
-
-    @property
-    def fields(self) -> str:
-        """SQL of user, item, time in microseconds, action and series over the staged table, null where unusable."""
-        return (
-            f"{self.users.read_as(self.users.type)} AS user, {self.items.read_as(self.item_type)} AS item, "
-            f"{self.times.microseconds} AS micros, {'action' if self.action else 'NULL::VARCHAR AS action'}"
-            + "".join(f", {name}" for name in self.series)
-        )
-
-    @property
-    def valid(self) -> str:
-        """SQL of the rows that become events, each with its place in the log, or by the column that orders it."""
-        place = "row_number() OVER (ORDER BY place, rowid) - 1" if self.order else "rowid"
-        return (
-            f"SELECT * FROM (SELECT {place} AS ordinal, {self.fields} FROM staged) "
-            "WHERE user IS NOT NULL AND item IS NOT NULL AND micros IS NOT NULL"
-            + (" AND item IN (SELECT id FROM kept)" if self.bounded else "")
-        )
-
-
 class _Ingest:
     """One run: holds what its steps share."""
 
@@ -184,22 +167,30 @@ class _Ingest:
         self.spill = Spill(scratch)
         self.repairs: dict[str, int] = {}
 
-    def run(self, items: Path | None, item_schema: ItemSchema, users: Path | None, user_schema: UserSchema) -> None:
+    def run(
+        self,
+        items: Path | None,
+        item_schema: ItemSchema,
+        users: tuple[Path, UserSchema] | None,
+        series: tuple[Path, SeriesSchema] | None,
+    ) -> None:
         """All steps, in order."""
         with contextlib.closing(self.engine):
-            source, action = self._stage()
-            meaning, catalogue = self._decide(source, action, items, item_schema)
-            people = None
+            source, action, columns = self._stage(of_their_own=series is not None)
+            meaning, catalogue = self._decide(source, action, columns, items, item_schema)
+            people = points = None
             if users is not None:
-                people = stage_people(self.engine, users, user_schema, self.features, meaning.users.type)
+                people = stage_people(self.engine, *users, self.features, meaning.users.type)
+            if series is not None:
+                points = self._points(*series, meaning)
             rows = self._count_repairs(meaning)
             meaning = self._bounded(meaning, catalogue)
             actions = self._actions(meaning)
             item_count = self._codes(meaning, catalogue)
             sweep = self._sort(meaning, rows, item_count)
             user_ids, item_ids, attributes = self._ids(meaning, catalogue)
-            statistics = self._statistics(meaning, sweep, rows, actions)
-            kinds = self._side(meaning, people, len(user_ids))
+            statistics = statistics_of(self.spill, meaning, sweep, rows, actions)
+            kinds = self._side(meaning, people, points, len(user_ids))
         self._write(user_ids, item_ids, attributes)
         self.engine.report("write", 0.9)
         info = DatasetInfo(
@@ -212,19 +203,28 @@ class _Ingest:
             tie_order=f"column {meaning.order}" if meaning.order else "file order",
             statistics=statistics,
             repairs=self.repairs,
-            sources=tuple(str(path) for read in (source, catalogue, people) if read for path in _files_of(read)),
+            sources=tuple(
+                str(path) for read in (source, catalogue, people, points) if read for path in _files_of(read)
+            ),
             fingerprint=fingerprint_of(self.folder),
         )
         (self.folder / "dataset.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
         self.engine.report("write", 1.0)
 
-    def _stage(self) -> tuple[Source, str | None]:
-        """Copy the mapped columns into table `staged`, row for row in the log's order."""
+    def _stage(self, *, of_their_own: bool) -> tuple[Source, str | None, dict[str, str]]:
+        """Copy the mapped columns into table `staged`, row for row in the log's order.
+
+        Series that may have a log of their own need not be columns of this one.
+
+        Returns:
+            The log, its column of actions, and staged columns of series by name.
+        """
         schema = self.schema
         named = (schema.user, schema.item, schema.time, *(name for name in (schema.action, schema.order) if name))
-        named += tuple(self.features.auxiliary)
-        guess = ("action",) if schema.action is None else ()
-        source = open_source(self.engine, self.sources, schema, wanted=named, optional=guess)
+        series = tuple(self.features.auxiliary)
+        guess = (*(("action",) if schema.action is None else ()), *(series if of_their_own else ()))
+        wanted = named if of_their_own else named + series
+        source = open_source(self.engine, self.sources, schema, wanted=wanted, optional=guess)
         action = schema.action if schema.action is not None else "action" if "action" in source.columns else None
         expressions = {
             **staged_id("user", schema.user, source.kind(schema.user, "user ids")),
@@ -240,18 +240,26 @@ class _Ingest:
             raise DataError(f"{self.sources}: positive values are named, but the log has no action column")
         if schema.order:
             expressions |= staged_order("place", schema.order, source.kind(schema.order, "places in an order"))
-        expressions |= staged_values(source, self.features.auxiliary)
+        if of_their_own:
+            series = tuple(name for name in series if name in source.columns)
+        values = staged_values(source, series)
+        expressions |= values
         self.engine.rows(f"CREATE TABLE staged AS {source.select(expressions)}", stage="read")
         if source.empty_files:
             self.repairs["empty_files"] = source.empty_files
         (rows,) = self.engine.row("SELECT count(*) FROM staged")
         if not rows:
             raise DataError(f"{self.sources}: has no events (columns {', '.join(source.columns)}, no rows)")
-        return source, action or None
+        return source, action or None, dict(zip(series, values, strict=True))
 
     def _decide(
-        self, source: Source, action: str | None, items: Path | None, item_schema: ItemSchema
-    ) -> tuple[_Meaning, Catalogue | None]:
+        self,
+        source: Source,
+        action: str | None,
+        series: dict[str, str],
+        items: Path | None,
+        item_schema: ItemSchema,
+    ) -> tuple[Meaning, Catalogue | None]:
         """Find the types of ids and the unit of times, and read the item metadata."""
         schema, engine = self.schema, self.engine
         self.engine.report("check", 0.0)
@@ -261,12 +269,12 @@ class _Ingest:
         if schema.order:
             check_order(engine, source, schema.order)
         self.engine.report("check", 0.5)
-        times = read_times(engine, source, schema.time, kinds[2], schema.time_unit)
+        times = read_times(engine, "staged", source, schema.time, kinds[2], schema.time_unit)
         catalogue = None
         item_type = item_ids.type
         if items is not None:
             catalogue = stage_catalogue(engine, items, item_schema, schema.item_type)
-            item_type = _common_type(f"{source.path}: column {schema.item!r}", item_ids, catalogue)
+            item_type = common_type(f"{source.path}: column {schema.item!r}", item_ids, catalogue)
         self.engine.report("check", 1.0)
         if self.known is not None and len(self.known):
             before = "integer" if pa.types.is_integer(self.known.type) else "string"
@@ -275,19 +283,19 @@ class _Ingest:
                     f"{source.path}: column {schema.item!r} holds {item_type}s, but the items known before have "
                     f"{before}s as ids; the log must keep to what it was, or the vocabulary be started anew"
                 )
-        meaning = _Meaning(
+        meaning = Meaning(
             source=source,
             users=user_ids,
             items=item_ids,
             times=times,
             action=action,
             order=schema.order,
-            series=tuple(staged_values(source, self.features.auxiliary)),
+            series=series,
             item_type=item_type,
         )
         return meaning, catalogue
 
-    def _count_repairs(self, meaning: _Meaning) -> int:
+    def _count_repairs(self, meaning: Meaning) -> int:
         """Count rows that cannot become events, each under its first fault; returns all rows of the log."""
         has_action = meaning.action is not None
         faults = {
@@ -309,7 +317,7 @@ class _Ingest:
         self.repairs |= dropped | ({"missing_action": found[-1]} if has_action else {})
         return int(rows)
 
-    def _bounded(self, meaning: _Meaning, catalogue: Catalogue | None) -> _Meaning:
+    def _bounded(self, meaning: Meaning, catalogue: Catalogue | None) -> Meaning:
         """Where there are more items than the features allow, write those that stay into table `kept`."""
         most, engine = self.features.max_items, self.engine
         if most is None:
@@ -327,7 +335,7 @@ class _Ingest:
         self.repairs |= {"items_left_out": found - most, "events_of_items_left_out": events - left}
         return meaning
 
-    def _known_items(self, meaning: _Meaning, catalogue: Catalogue | None) -> str:
+    def _known_items(self, meaning: Meaning, catalogue: Catalogue | None) -> str:
         """SQL of the items of the log, an event each with its time `met`, and of the catalogue, where that is null."""
         known = f"SELECT item AS id, micros AS met FROM ({meaning.valid})"
         if catalogue is not None:
@@ -335,14 +343,14 @@ class _Ingest:
             known += f" UNION ALL SELECT {item} AS id, NULL AS met FROM catalogue WHERE {item} IS NOT NULL"
         return known
 
-    def _actions(self, meaning: _Meaning) -> tuple[ActionValue, ...]:
+    def _actions(self, meaning: Meaning) -> tuple[ActionValue, ...]:
         if meaning.action is None:
             self.engine.rows("CREATE TABLE actions (value VARCHAR, code UTINYINT)")
             return (ActionValue(value="", positive=True),)
         column = f"{self.sources}: column {meaning.action!r}"
         return read_actions(self.engine, meaning.valid, column, meaning.action, self.schema)
 
-    def _codes(self, meaning: _Meaning, catalogue: Catalogue | None) -> int:
+    def _codes(self, meaning: Meaning, catalogue: Catalogue | None) -> int:
         """Write tables `users` and `vocabulary`; `rowid` is the code. Ids ascend, strings by their bytes.
 
         Items known before keep their rows, and only the new ones ascend.
@@ -363,7 +371,7 @@ class _Ingest:
             raise DataError(f"{self.sources}: {count:,} items are more than the {_MAX_ITEMS:,} that a dataset can hold")
         return int(count)
 
-    def _sort(self, meaning: _Meaning, rows: int, item_count: int) -> Sweep:
+    def _sort(self, meaning: Meaning, rows: int, item_count: int) -> Sweep:
         """Sort events by user, time and place in the log, and sweep them into raw column files."""
         place = "INTEGER" if rows <= _MAX_ITEMS else "BIGINT"
         # Only narrow integers are sorted: ids, however long, stay behind in the tables of codes.
@@ -381,7 +389,7 @@ class _Ingest:
         self.repairs |= {"duplicates": sweep.duplicates, "out_of_order": sweep.out_of_order}
         return sweep
 
-    def _ids(self, meaning: _Meaning, catalogue: Catalogue | None) -> tuple[pa.Array, pa.Array, dict[str, pa.Array]]:
+    def _ids(self, meaning: Meaning, catalogue: Catalogue | None) -> tuple[pa.Array, pa.Array, dict[str, pa.Array]]:
         """User ids, item ids and item attributes, in the order of their codes."""
         every = "SELECT id FROM {} ORDER BY rowid"
         user_ids = self.spill.ids("user", self.engine.batches(every.format("users")))
@@ -397,41 +405,25 @@ class _Ingest:
         self.repairs |= repairs
         return user_ids, item_ids, attributes
 
-    def _side(self, meaning: _Meaning, people: People | None, users: int) -> tuple[TokenKind, ...]:
+    def _points(self, path: Path, schema: SeriesSchema, meaning: Meaning) -> Points:
+        """Read a log of auxiliary series; each that is declared must be in it or a column of the event log."""
+        points = stage_points(self.engine, path, schema, self.features, meaning.users)
+        for name in self.features.auxiliary:
+            if name not in points.names and name not in meaning.series:
+                raise DataError(f"{path}: has no usable row of series {name!r}, which is no column of the log either")
+        self.repairs["series_rows_passed_over"] = points.passed_over
+        return points
+
+    def _side(
+        self, meaning: Meaning, people: People | None, points: Points | None, users: int
+    ) -> tuple[TokenKind, ...]:
         """Write what is read beside the main series, if anything is; return its kinds."""
-        kinds = read_kinds(self.engine, meaning.valid, people, meaning.users, self.features)
+        series = series_points(meaning.valid, meaning.series, points, self.features)
+        kinds = read_kinds(self.engine, series, people, meaning.users, self.features)
         if kinds:
-            spill_auxiliary(self.engine, meaning.valid, kinds, users, self.spill)
+            spill_auxiliary(self.engine, series, kinds, users, self.spill)
             write_side(self.engine, kinds, self.spill, self.folder)
         return kinds
-
-    def _statistics(
-        self, meaning: _Meaning, sweep: Sweep, rows: int, actions: tuple[ActionValue, ...]
-    ) -> dict[str, Any]:
-        ends = self.spill.column("end", pa.int64()).to_numpy()
-        lengths = np.diff(ends, prepend=0)
-        counts = [int(count) for count in sweep.action_counts[: len(actions)]]
-        positive = sum(count for count, action in zip(counts, actions, strict=True) if action.positive)
-        followers = sweep.events - sweep.users
-        return {
-            "rows_read": rows,
-            "first_time": _iso(sweep.first),
-            "last_time": _iso(sweep.last),
-            "events_per_user": {
-                "min": int(lengths.min()),
-                "p50": round(float(np.quantile(lengths, 0.5)), 1),
-                "p90": round(float(np.quantile(lengths, 0.9)), 1),
-                "max": int(lengths.max()),
-                "mean": round(sweep.events / sweep.users, 3),
-            },
-            "action_counts": {action.value: count for action, count in zip(actions, counts, strict=True)},
-            "positive_share": round(positive / sweep.events, 6),
-            "tied_neighbours_share": round(sweep.tied / followers, 6) if followers else 0.0,
-            "time_unit": meaning.times.unit,
-            "items_without_events": int(np.count_nonzero(~sweep.met_items)),
-            "user_id_type": meaning.users.type,
-            "item_id_type": meaning.item_type,
-        }
 
     def _write(self, user_ids: pa.Array, item_ids: pa.Array, attributes: dict[str, pa.Array]) -> None:
         """Turn the raw column files into the folder's Arrow files."""
@@ -444,20 +436,5 @@ class _Ingest:
         self.spill.write(self.folder / "events.arrow", columns)
 
 
-def _files_of(read: Source | Catalogue | People) -> tuple[Path, ...]:
+def _files_of(read: Source | Catalogue | People | Points) -> tuple[Path, ...]:
     return read.files if isinstance(read, Source) else read.source.files
-
-
-def _common_type(column: str, events: IdColumn, catalogue: Catalogue) -> Literal["integer", "string"]:
-    """Type that item ids of the log and of the metadata can both be read as."""
-    ids = catalogue.ids
-    if events.type == ids.type:
-        return events.type
-    integers, strings = (column, catalogue.column) if events.type == "integer" else (catalogue.column, column)
-    if not (events if events.type == "integer" else ids).free:
-        raise DataError(f"{integers} holds integers but {strings} holds strings; items could not be matched")
-    return "string"
-
-
-def _iso(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

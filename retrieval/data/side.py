@@ -1,4 +1,4 @@
-"""Ingest of what is read beside the main series: context from a users' file, auxiliary series from the event log.
+"""Ingest of what is read beside the main series: context from a users' file, auxiliary series from logs.
 
 Values are taken as text. Each column becomes a kind of tokens with a table `kind<k>` of its values, the most frequent
 first; a row of the kind's table is a value's place there, counted from 1, and 0 for a value that has none.
@@ -14,17 +14,29 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval.data.columns import write_columns
-from retrieval.data.duck import Engine
-from retrieval.data.events import Part, Source, UserSchema, open_source
+from retrieval.data.duck import Engine, literal
+from retrieval.data.events import Part, SeriesSchema, Source, UserSchema, open_source
 from retrieval.data.features import FeatureSchema, SideColumn
 from retrieval.data.spill import Spill
-from retrieval.data.staging import FOREIGN, IdColumn, read_ids, staged_id, staged_text
+from retrieval.data.staging import FOREIGN, IdColumn, read_ids, read_times, staged_id, staged_text, staged_time
 from retrieval.errors import DataError
 from retrieval.types import TokenKind
 
-__all__ = ["People", "read_kinds", "spill_auxiliary", "stage_people", "staged_values", "write_side"]
+__all__ = [
+    "People",
+    "Points",
+    "read_kinds",
+    "series_points",
+    "spill_auxiliary",
+    "stage_people",
+    "stage_points",
+    "staged_values",
+    "write_side",
+]
 
 _CONTEXT, _AUXILIARY = "c", "s"
+# Places of points with a log of their own come after those of events, whose places are numbers of rows.
+_AFTER_EVENTS = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +45,21 @@ class People:
 
     source: Source
     ids: IdColumn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points:
+    """A log of auxiliary series, opened, and SQL of its rows that are points: user, series, value, micros, ordinal.
+
+    Attributes:
+        names: of the series that it has points of.
+        passed_over: rows without a user, a value or a time, and those of other series.
+    """
+
+    source: Source
+    valid: str
+    names: frozenset[str]
+    passed_over: int
 
 
 def staged_values(source: Source, names: Iterable[str], prefix: str = _AUXILIARY) -> dict[str, Callable[[Part], str]]:
@@ -73,14 +100,68 @@ def stage_people(
     return People(source=source, ids=ids)
 
 
+def stage_points(engine: Engine, path: Path, schema: SeriesSchema, features: FeatureSchema, users: IdColumn) -> Points:
+    """Read a log of auxiliary series into table `points`.
+
+    Args:
+        engine: where the table goes.
+        path: file or folder, found and read like a log.
+        schema: its columns.
+        features: names the series that are read.
+        users: the log's user ids.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or has ids of another type or unusable times.
+    """
+    source = open_source(engine, path, schema, wanted=(schema.user, schema.series, schema.value, schema.time))
+    user, time = source.kind(schema.user, "user ids"), source.kind(schema.time, "times")
+    texts = staged_values(source, (schema.series, schema.value), "text")
+    expressions = staged_id("user", schema.user, user) | texts | staged_time("time", schema.time, time)
+    engine.rows(f"CREATE TABLE points AS {source.select(expressions)}", stage="series")
+    ids = read_ids(engine, "points", "user", source, schema.user, user, users.type)
+    times = read_times(engine, "points", source, schema.time, time)
+    declared = ", ".join(literal(name) for name in features.auxiliary)
+    valid = (
+        f"SELECT * FROM (SELECT {ids.read_as(users.type)} AS user, text0 AS series, text1 AS value, "
+        f"{times.microseconds} AS micros, rowid + {_AFTER_EVENTS} AS ordinal FROM points) WHERE user IS NOT NULL "
+        f"AND value IS NOT NULL AND micros IS NOT NULL AND series IN ({declared})"
+    )
+    (rows,) = engine.row("SELECT count(*) FROM points")
+    counts = engine.rows(f"SELECT series, count(*) FROM ({valid}) GROUP BY 1")
+    names = frozenset(name for name, _ in counts)
+    return Points(source=source, valid=valid, names=names, passed_over=rows - sum(count for _, count in counts))
+
+
+def series_points(valid: str, columns: Mapping[str, str], points: Points | None, features: FeatureSchema) -> list[str]:
+    """SQL of each auxiliary series' points (user, micros, ordinal, value), in the order of the features.
+
+    Args:
+        valid: SQL of the events, with staged values.
+        columns: staged columns of the event log by series.
+        points: series with a log of their own. A series may have both.
+        features: names the series.
+    """
+    found = []
+    for name in features.auxiliary:
+        parts = []
+        if name in columns:
+            value = columns[name]
+            parts.append(f"SELECT user, micros, ordinal, {value} AS value FROM ({valid}) WHERE {value} IS NOT NULL")
+        if points is not None and name in points.names:
+            own = f"SELECT user, micros, ordinal, value FROM ({points.valid}) WHERE series = {literal(name)}"
+            parts.append(own)
+        found.append(" UNION ALL ".join(parts))
+    return found
+
+
 def read_kinds(
-    engine: Engine, valid: str, people: People | None, users: IdColumn, features: FeatureSchema
+    engine: Engine, series: list[str], people: People | None, users: IdColumn, features: FeatureSchema
 ) -> tuple[TokenKind, ...]:
     """Write tables `kind1`, … (value, code) and `context` (a row per user); return what they hold, context first.
 
     Args:
         engine: holds tables `users` and, where there is context, `people`.
-        valid: SQL of the events, with staged values.
+        series: what `series_points` returned.
         people: the users' file.
         users: the log's user ids.
         features: the columns and their bounds.
@@ -100,8 +181,8 @@ def read_kinds(
         for place, (name, bounds) in enumerate(features.context.items())
     ]
     columns += [
-        (name, bounds, f"{_AUXILIARY}{place}", f"({valid})", False)
-        for place, (name, bounds) in enumerate(features.auxiliary.items())
+        (name, bounds, "value", f"({points})", False)
+        for (name, bounds), points in zip(features.auxiliary.items(), series, strict=True)
     ]
     kinds = []
     for number, (name, bounds, column, table, is_context) in enumerate(columns, 1):
@@ -116,22 +197,21 @@ def read_kinds(
     return tuple(kinds)
 
 
-def spill_auxiliary(engine: Engine, valid: str, kinds: tuple[TokenKind, ...], users: int, spill: Spill) -> None:
+def spill_auxiliary(engine: Engine, series: list[str], kinds: tuple[TokenKind, ...], users: int, spill: Spill) -> None:
     """Write the first event of each run of equal values as raw columns.
 
     Args:
         engine: holds tables `users` and `kind<k>`.
-        valid: SQL of the events, with staged values.
+        series: what `series_points` returned.
         kinds: what `read_kinds` returned.
         users: U.
         spill: takes columns `auxiliary_kind`, `auxiliary_value`, `auxiliary_timestamp` and `auxiliary_end`.
     """
-    series = [number for number, kind in enumerate(kinds, 1) if not kind.context]
+    numbers = [number for number, kind in enumerate(kinds, 1) if not kind.context]
     coded = " UNION ALL ".join(
         f"SELECT CAST({number} AS UTINYINT) AS kind, e.user, e.micros, e.ordinal, "
-        f"CAST(coalesce(k.code, 0) AS INTEGER) AS value FROM ({valid}) e LEFT JOIN kind{number} k "
-        f"ON e.{_AUXILIARY}{place} = k.value WHERE e.{_AUXILIARY}{place} IS NOT NULL"
-        for place, number in enumerate(series)
+        f"CAST(coalesce(k.code, 0) AS INTEGER) AS value FROM ({points}) e LEFT JOIN kind{number} k ON e.value = k.value"
+        for number, points in zip(numbers, series, strict=True)
     )
     before = "lag(value) OVER (PARTITION BY user, kind ORDER BY micros, ordinal)"
     query = (

@@ -184,7 +184,9 @@ class TimeColumn:
     microseconds: str
 
 
-def read_times(engine: Engine, source: Source, name: str, kind: Kind, unit: TimeUnit) -> TimeColumn:
+def read_times(
+    engine: Engine, table: str, source: Source, name: str, kind: Kind, unit: TimeUnit = "auto"
+) -> TimeColumn:
     """Find the unit of staged times (column `time`) and check that all lie in 1970 to 2200.
 
     Raises:
@@ -196,7 +198,7 @@ def read_times(engine: Engine, source: Source, name: str, kind: Kind, unit: Time
     if kind == "time":
         if unit not in ("auto", "iso"):
             raise DataError(f"{column} holds typed times; leave time_unit at auto instead of {unit!r}")
-        return _in_range(engine, source, column, "timestamp", "time")
+        return _in_range(engine, table, source, column, "timestamp", "time")
     numeric = kind in ("integer", "float")
     if unit == "iso" and numeric:
         raise DataError(f"{column} holds numbers, but time_unit is iso; give s, ms or us")
@@ -204,16 +206,18 @@ def read_times(engine: Engine, source: Source, name: str, kind: Kind, unit: Time
     number = f"CASE WHEN isfinite({number}) THEN {number} END"
     iso = "epoch_us(TRY_CAST(time AS TIMESTAMPTZ))"
     if unit == "auto":
-        unit = _unit_of(engine, source, column, number, "NULL" if numeric else iso)
+        unit = _unit_of(engine, table, source, column, number, "NULL" if numeric else iso)
     if unit == "iso":
-        return _in_range(engine, source, column, unit, iso)
-    return _in_range(engine, source, column, unit, f"floor(({number}) * {_MICROSECONDS[unit]})")
+        return _in_range(engine, table, source, column, unit, iso)
+    return _in_range(engine, table, source, column, unit, f"floor(({number}) * {_MICROSECONDS[unit]})")
 
 
-def _unit_of(engine: Engine, source: Source, column: str, number: str, iso: str) -> Literal["s", "ms", "us", "iso"]:
+def _unit_of(
+    engine: Engine, table: str, source: Source, column: str, number: str, iso: str
+) -> Literal["s", "ms", "us", "iso"]:
     """Unit of times by what most rows look like; numbers must all have the magnitude of one unit."""
     at_least = ", ".join(f"count(*) FILTER (abs(n) >= {low})" for _, _, low in _MAGNITUDES)
-    *reached, texts = engine.row(f"SELECT {at_least}, count({iso}) FROM (SELECT time, {number} AS n FROM staged)")
+    *reached, texts = engine.row(f"SELECT {at_least}, count({iso}) FROM (SELECT time, {number} AS n FROM {table})")
     if texts > reached[0]:
         return "iso"
     counts = [low - high for low, high in zip(reached, (*reached[1:], 0), strict=True)]
@@ -226,7 +230,7 @@ def _unit_of(engine: Engine, source: Source, column: str, number: str, iso: str)
         above = f"abs(n) >= {_MAGNITUDES[rarest][2]}"
         below = f"abs(n) < {_MAGNITUDES[rarest + 1][2]}" if rarest + 1 < len(_MAGNITUDES) else "true"
         rowid, example = engine.row(
-            f"SELECT rowid, CAST(time AS VARCHAR) FROM (SELECT rowid, time, {number} AS n FROM staged) "
+            f"SELECT rowid, CAST(time AS VARCHAR) FROM (SELECT rowid, time, {number} AS n FROM {table}) "
             f"WHERE {above} AND {below} ORDER BY rowid LIMIT 1"
         )
         seen = ", ".join(f"{counts[place]:,} like {_MAGNITUDES[place][1]}" for place in used)
@@ -235,9 +239,9 @@ def _unit_of(engine: Engine, source: Source, column: str, number: str, iso: str)
     return unit
 
 
-def _in_range(engine: Engine, source: Source, column: str, unit: str, microseconds: str) -> TimeColumn:
+def _in_range(engine: Engine, table: str, source: Source, column: str, unit: str, microseconds: str) -> TimeColumn:
     outside = f"{microseconds} < 0 OR {microseconds} >= {_YEAR_2200}"
-    found = engine.rows(f"SELECT rowid, CAST(time AS VARCHAR) FROM staged WHERE {outside} ORDER BY rowid LIMIT 1")
+    found = engine.rows(f"SELECT rowid, CAST(time AS VARCHAR) FROM {table} WHERE {outside} ORDER BY rowid LIMIT 1")
     if found:
         where = source.locate(engine, found[0][0])
         raise DataError(f"{column}: {found[0][1]} ({where}), read as {unit}, is not a time from 1970 to 2200")

@@ -1,5 +1,8 @@
 """Running an encoder outside training: numpy in, numpy out. Evaluation, jobs and the server all use this."""
 
+from collections.abc import Iterator
+from typing import Final
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -8,7 +11,9 @@ from retrieval.encoder.batch import JaggedTensors
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.types import JaggedBatch
 
-__all__ = ["as_read", "embed_users", "item_vectors"]
+__all__ = ["as_read", "embed_users", "item_blocks", "item_vectors"]
+
+_BLOCK: Final = 1 << 16
 
 
 def as_read(encoder: UserEncoder, batch: JaggedBatch) -> JaggedBatch:
@@ -37,7 +42,21 @@ def embed_users(encoder: UserEncoder, batch: JaggedBatch) -> NDArray[np.float32]
 
 
 @torch.inference_mode()
-def item_vectors(encoder: UserEncoder) -> NDArray[np.float32]:
-    """Embedding of every item in row order, float32 `[N, D]`: of unit length, or with popularity all but the last."""
-    vectors: NDArray[np.float32] = encoder.item_vectors().float().cpu().numpy()
+def item_vectors(encoder: UserEncoder, rows: NDArray[np.int64] | slice | None = None) -> NDArray[np.float32]:
+    """Embeddings of items, float32 `[M, D]`: of unit length, or with popularity all but the last.
+
+    Args:
+        encoder: whose items.
+        rows: which of them, in that order; None for all N in row order.
+    """
+    place = torch.from_numpy(rows).to(encoder.device) if isinstance(rows, np.ndarray) else rows or slice(None)
+    vectors: NDArray[np.float32] = encoder.item_vectors(place).float().cpu().numpy()
     return vectors
+
+
+def item_blocks(encoder: UserEncoder, rows: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.float32]]:
+    """`item_vectors` of all items or some, a block of 65,536 at a time."""
+    total = encoder.config.num_items if rows is None else len(rows)
+    for start in range(0, total, _BLOCK):
+        block = slice(start, min(start + _BLOCK, total))
+        yield item_vectors(encoder, block if rows is None else rows[block])

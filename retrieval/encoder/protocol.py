@@ -98,10 +98,14 @@ class UserEncoder(nn.Module):
         out: Tensor = self(batch)
         return out[(batch.offsets[1:] - 1).to(out.device)]
 
-    def item_vectors(self) -> Tensor:
-        """What is served of items: embeddings of unit length, and p where there is popularity, `[N, D or D + 1]`."""
-        vectors = normalize(self.item_embedding.weight)
-        return vectors if self.popularity is None else torch.cat([vectors, self.popularity.unsqueeze(1)], 1)
+    def item_vectors(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """What is served of items: embeddings of unit length, and p where there is popularity, `[N, D or D + 1]`.
+
+        Args:
+            rows: those items, as an index into the table; all by default.
+        """
+        vectors = normalize(self.item_embedding.weight[rows])
+        return vectors if self.popularity is None else torch.cat([vectors, self.popularity[rows].unsqueeze(1)], 1)
 
     def user_vectors(self, users_BD: Tensor) -> Tensor:
         """What is served of users with these embeddings: the same, and 1 where there is popularity."""

@@ -2,6 +2,7 @@
 
 import math
 import re
+import struct
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ from retrieval.index.exact import prefer_products
 from retrieval.index.spec import IndexSpec
 from retrieval.types import SearchResult
 
-__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason", "write_faiss"]
+__all__ = ["FaissBackend", "Index", "IndexBackend", "faiss_reason", "write_faiss", "write_flat"]
+
+_WRITTEN = 1 << 16
 
 # Its stubs know neither the keyword arguments of search parameters nor selectors made from arrays.
 _FAISS: Any = faiss
@@ -216,6 +219,21 @@ def write_faiss(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be written ({faiss_reason(error)})") from None
+
+
+def write_flat(vectors: NDArray[np.float32], path: Path) -> None:
+    """Write what Faiss writes of an `IndexFlatIP` over these vectors, without holding a second copy of them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header = faiss.serialize_index(faiss.IndexFlatIP(vectors.shape[1])).tobytes()
+    count, size = struct.Struct("<q"), struct.Struct("<Q")
+    # Four letters and the width, then the number of vectors; at the end, of four-byte words that follow.
+    with path.open("wb") as file:
+        file.write(header[:8] + count.pack(len(vectors)) + header[16 : -size.size] + size.pack(vectors.size))
+        for start in range(0, len(vectors), _WRITTEN):
+            file.write(np.ascontiguousarray(vectors[start : start + _WRITTEN], "<f4").data)
 
 
 class _Counter:

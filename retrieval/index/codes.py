@@ -39,6 +39,8 @@ _PIECE: Final = 512
 """Items that queries score together where there are no lists: their codes stay in the processor's nearest cache."""
 _WORTH_A_THREAD: Final = 4_000_000
 """Products of codes; below, starting a thread takes longer."""
+_ENCODED_BY_A_THREAD: Final = 2_000_000
+"""Numbers, likewise."""
 
 
 @cache
@@ -122,9 +124,9 @@ class Codes:
             lists=0 if padded is None else padded.shape[1],
             centres=_address(padded),
         )
-        native.codes_encode(
-            ctypes.byref(self._problem), *map(ctypes.c_void_p, map(_address, (order, codes, scales, rows)))
-        )
+        threads = min(faiss.omp_get_max_threads(), max(1, places * width // _ENCODED_BY_A_THREAD))
+        order_, *outputs = (ctypes.c_void_p(_address(array)) for array in (order, codes, scales, rows))
+        native.codes_encode(ctypes.byref(self._problem), order_, ctypes.c_int64(threads), *outputs)
         self.bytes = sum(part.nbytes for part in (starts, counts, codes, scales, rows, padded) if part is not None)
 
     @classmethod

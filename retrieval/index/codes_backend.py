@@ -7,12 +7,11 @@ import copy
 import math
 from pathlib import Path
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.errors import ConfigError
-from retrieval.index.backend import write_faiss
+from retrieval.index.backend import write_flat
 from retrieval.index.codes import Codes, library
 from retrieval.index.exact import scan
 from retrieval.index.lists import Lists, save_lists
@@ -88,9 +87,7 @@ class CodesBackend:
         if self._lists is not None:
             save_lists(self._lists, self.vectors, path)
             return
-        index = faiss.IndexFlatIP(self.width)
-        index.add(self.vectors)
-        write_faiss(index, path)
+        write_flat(self.vectors, path)
 
     def search(
         self,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "codes_native.h"
+#include "native_threads.h"
 
 namespace {
 
@@ -50,33 +51,57 @@ void encode(const float* x, int64_t size, uint8_t* bytes, float& scale, float& e
   norm = std::max(norm, std::sqrt(sum(norms)));
 }
 
+// What a range of sections comes to.
+struct Part {
+  int64_t begin, end, next;  // sections, and the place in the order of the first one's first item
+  float error = 0, norm = 0;
+};
+
+void encode_part(const Codes& codes, const int64_t* order, int64_t total, Part& part, uint8_t* out, float* scales,
+                 int32_t* rows) {
+  const int64_t size = (codes.width + LANES - 1) / LANES * LANES;
+  std::vector<float> padded(size, 0.0f);
+  std::vector<uint8_t> bytes(size);
+  int64_t next = part.next;
+  for (int64_t section = part.begin; section < part.end; ++section) {
+    for (int64_t i = 0; i < codes.counts[section]; ++i, ++next) {
+      if (order && next + AHEAD < total) {
+        const char* ahead = reinterpret_cast<const char*>(codes.vectors + order[next + AHEAD] * codes.width);
+        for (int64_t byte = 0; byte < codes.width * 4; byte += 64) __builtin_prefetch(ahead + byte);
+      }
+      int64_t row = order ? order[next] : next, place = codes.starts[section] * LANES + i;
+      std::memcpy(padded.data(), codes.vectors + row * codes.width, codes.width * 4);
+      encode(padded.data(), size, bytes.data(), scales[place], part.error, part.norm);
+      uint8_t* at = out + place / LANES * codes.groups * 64 + place % LANES * 4;
+      for (int64_t g = 0; g < codes.groups; ++g) std::memcpy(at + g * 64, bytes.data() + 4 * g, 4);
+      if (rows) rows[place] = int32_t(row);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
 // Codes, scales and rows of the places of all sections, whose items are `order` end to end, in blocks of 16 per section.
-void codes_encode(Codes* codes, const int64_t* order, uint8_t* out, float* scales, int32_t* rows) {
-  float error = 0, norm = 0;
-  const int64_t size = (codes->width + LANES - 1) / LANES * LANES;
-  std::vector<float> padded(size, 0.0f);
-  std::vector<uint8_t> bytes(size);
-  int64_t next = 0, total = 0;
+void codes_encode(Codes* codes, const int64_t* order, int64_t threads, uint8_t* out, float* scales, int32_t* rows) {
+  int64_t total = 0;
   for (int64_t section = 0; section < codes->sections; ++section) total += codes->counts[section];
+  std::vector<Part> parts;
+  int64_t next = 0, share = (total + threads - 1) / std::max<int64_t>(threads, 1);
   for (int64_t section = 0; section < codes->sections; ++section) {
-    for (int64_t i = 0; i < codes->counts[section]; ++i, ++next) {
-      if (order && next + AHEAD < total) {
-        const char* ahead = reinterpret_cast<const char*>(codes->vectors + order[next + AHEAD] * codes->width);
-        for (int64_t byte = 0; byte < codes->width * 4; byte += 64) __builtin_prefetch(ahead + byte);
-      }
-      int64_t row = order ? order[next] : next, block = codes->starts[section] + i / LANES, lane = i % LANES;
-      std::memcpy(padded.data(), codes->vectors + row * codes->width, codes->width * 4);
-      encode(padded.data(), size, bytes.data(), scales[block * LANES + lane], error, norm);
-      uint8_t* at = out + block * codes->groups * 64 + lane * 4;
-      for (int64_t g = 0; g < codes->groups; ++g) std::memcpy(at + g * 64, bytes.data() + 4 * g, 4);
-      if (rows) rows[block * LANES + lane] = int32_t(row);
-    }
+    if (parts.empty() || next - parts.back().next >= share) parts.push_back({section, section, next});
+    parts.back().end = section + 1;
+    next += codes->counts[section];
   }
-  codes->error = error, codes->norm = norm;
+  on_threads(int64_t(parts.size()), [&](int64_t thread) {
+    if (thread < int64_t(parts.size())) encode_part(*codes, order, total, parts[thread], out, scales, rows);
+  });
+  codes->error = codes->norm = 0;
+  for (const Part& part : parts) {
+    codes->error = std::max(codes->error, part.error);
+    codes->norm = std::max(codes->norm, part.norm);
+  }
 }
 
 }

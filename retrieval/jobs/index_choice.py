@@ -19,6 +19,7 @@ from retrieval.files import write_atomically
 from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
 from retrieval.index.choice import AutoIndex, Measured, choose_index
+from retrieval.index.lists import Report
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
 
@@ -80,6 +81,8 @@ def built_index(
     on_choice: Callable[[str], None] = lambda line: None,
     *,
     before: Chosen | None = None,
+    work: Path | None = None,
+    on_progress: Report = lambda done, total: None,
 ) -> BuiltIndex:
     """Build an index.
 
@@ -90,21 +93,29 @@ def built_index(
         run_dir: the training run, whose folder keeps the choice: doing this again builds the same index.
         on_choice: told of each step of choosing.
         before: the choice that the live snapshot rests on.
+        work: folder that keeps what is done, so that a build that was killed goes on; None: it starts anew.
+        on_progress: told how many items are in the index, and of how many.
 
     Raises:
         ConfigError: the index cannot be built, or nothing reaches what is asked for.
     """
+
+    def build(spec: IndexSpec) -> Index:
+        # Of each index its own: what is begun of one is nothing to another.
+        folder = work / f"lists-{spec.lists}" if work is not None and spec.lists is not None else None
+        return build_index(vectors, spec, work=folder, report=on_progress)
+
     if isinstance(spec, IndexSpec):
-        return BuiltIndex(index=build_index(vectors, spec), spec=spec, why="as asked for")
+        return BuiltIndex(index=build(spec), spec=spec, why="as asked for")
     file, digest = run_dir / _CHOICE, hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()
     if file.exists():
         found = _File.model_validate_json(file.read_bytes())
         if (found.vectors, found.chosen.auto) == (digest, spec):
-            index, kept = build_index(vectors, found.chosen.spec), found.chosen
+            index, kept = build(found.chosen.spec), found.chosen
             return BuiltIndex(index=index, spec=kept.spec, why=found.why, chosen=kept, table=found.table)
     why = "chosen tonight"
     if before is not None:
-        built, why = _kept(vectors, users, spec, before)
+        built, why = _kept(vectors, users, spec, before, build)
         if built is not None:
             return built
     on_choice(why)
@@ -116,7 +127,11 @@ def built_index(
 
 
 def _kept(
-    vectors: NDArray[np.float32], users: NDArray[np.float32], auto: AutoIndex, before: Chosen
+    vectors: NDArray[np.float32],
+    users: NDArray[np.float32],
+    auto: AutoIndex,
+    before: Chosen,
+    build: Callable[[IndexSpec], Index],
 ) -> tuple[BuiltIndex | None, str]:
     """The index of an earlier choice, or None and why another one is needed."""
     if before.auto != auto:
@@ -124,7 +139,7 @@ def _kept(
     change = len(vectors) / before.items - 1
     if abs(change) > _CHANGED_ENOUGH:
         return None, f"chosen tonight: {change:+.0%} items since the last choice"
-    index = build_index(vectors, before.spec)
+    index = build(before.spec)
     if auto.max_bytes is not None and index.size > auto.max_bytes:
         return None, f"chosen tonight: {before.spec} does not fit into {auto.max_bytes} bytes any more"
     searcher = Searcher(index, np.arange(len(vectors)))

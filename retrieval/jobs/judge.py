@@ -1,5 +1,6 @@
 """What a night's candidate is held against, and what the gates say of it."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ __all__ = ["asked_of", "held_out_ranks", "quality_gates", "snapshot_gates"]
 _SAMPLE = 500
 _DEPTH = 100
 _SEARCHES = 50
+_BLOCK = 1 << 16
 _SCORES, _FEWEST = 10**10, 1000
 
 
@@ -107,13 +109,14 @@ def snapshot_gates(
 ) -> list[GateResult]:
     """What the snapshot itself must show."""
     users = current_user_embeddings(dataset, candidate.encoder)[:_SAMPLE]
-    vectors = np.concatenate([candidate.vectors, users])
-    # Popularity, which may stand behind an embedding, is no part of its length.
-    norms = np.linalg.norm(vectors[:, : candidate.encoder.config.width], axis=1)
-    worst = float(np.abs(norms - 1).max()) if np.isfinite(vectors).all() else -1.0
+    worst = max(_off_length(vectors, candidate.encoder.config.width) for vectors in (candidate.embedded.items, users))
     results = [
         GateResult(
-            gate="norms", passed=0 <= worst < 1e-3, figure=worst, limit=1e-3, note="every embedding has length 1"
+            gate="norms",
+            passed=worst < 1e-3,
+            figure=worst if worst < math.inf else -1.0,
+            limit=1e-3,
+            note="every embedding has length 1",
         ),
         at_least(
             "ann-recall",
@@ -143,8 +146,22 @@ def snapshot_gates(
     return results
 
 
+def _off_length(vectors: NDArray[np.float32], width: int) -> float:
+    """How far the lengths of embeddings are from 1 at most, infinity where one is not finite.
+
+    Popularity, which may stand behind an embedding, is no part of its length.
+    """
+    worst = 0.0
+    for start in range(0, len(vectors), _BLOCK):
+        block = vectors[start : start + _BLOCK]
+        if not np.isfinite(block).all():
+            return math.inf
+        worst = max(worst, float(np.abs(np.linalg.norm(block[:, :width], axis=1) - 1).max()))
+    return worst
+
+
 def _search_seconds(candidate: Candidate, users: NDArray[np.float32]) -> float:
-    k = min(_DEPTH, len(candidate.vectors))
+    k = min(_DEPTH, len(candidate.vocabulary))
     seconds = []
     candidate.searcher.search(users[:1], [k])
     for user in users[:_SEARCHES]:
@@ -164,7 +181,7 @@ def _answers(
     times = dataset.events.timestamps[ends - 1].astype(np.int64)
     histories = user_histories(dataset, users, ends, times, candidate.encoder.config.max_length)
     found = candidate.searcher.search(
-        embed_users(candidate.encoder, histories), [min(_DEPTH, len(candidate.vectors))] * len(users)
+        embed_users(candidate.encoder, histories), [min(_DEPTH, len(candidate.vocabulary))] * len(users)
     )
     ours: list[set[int | str]] = [set(candidate.vocabulary.ids_of(rows[rows >= 0])) for rows in found.rows]
     past, known = live_histories(dataset, live, users, ends, times)

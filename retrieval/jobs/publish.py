@@ -14,14 +14,16 @@ from retrieval.data.popularity import recent_popularity
 from retrieval.data.sequences import user_histories
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.encoder.checkpoint import CheckpointInfo, load_checkpoint
-from retrieval.encoder.inference import embed_users, item_vectors
+from retrieval.encoder.inference import embed_users
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import CheckpointError, NoSnapshotError
 from retrieval.evaluation.ann import ann_recall
 from retrieval.evaluation.gates import GateResult
 from retrieval.index.choice import AutoIndex
+from retrieval.index.lists import Report
 from retrieval.index.searcher import Searcher
 from retrieval.index.spec import IndexSpec
+from retrieval.jobs.embedded import Embedded, embed_items
 from retrieval.jobs.index_choice import BuiltIndex, Chosen, built_index
 from retrieval.snapshot.manifest import GateVerdict, Interval
 from retrieval.snapshot.registry import Registry
@@ -68,7 +70,7 @@ class Candidate:
     Attributes:
         encoder, info: the trained encoder and what it is.
         vocabulary: ids and attributes, with each item's number of events and recent popularity.
-        vectors: item embeddings `[N, D]`.
+        embedded: its item embeddings, in files that publishing removes.
         built: the index over those of items that may be answers.
         searcher: searches it.
         ann_recall: recall@100 of the index against exact search, for real users' embeddings.
@@ -78,7 +80,7 @@ class Candidate:
     encoder: UserEncoder
     info: CheckpointInfo
     vocabulary: Vocabulary
-    vectors: NDArray[np.float32]
+    embedded: Embedded
     built: BuiltIndex
     searcher: Searcher
     ann_recall: float
@@ -93,8 +95,11 @@ def build_candidate(
     expired: NDArray[np.bool_] | None = None,
     before: Chosen | None = None,
     on_choice: Callable[[str], None] = lambda line: None,
+    on_progress: Report = lambda done, total: None,
 ) -> Candidate:
     """Embed the items of a training run's encoder, build the index and measure it.
+
+    Embeddings lie in files: beside the encoder only the index itself is held in memory. Killed, it goes on from there.
 
     Args:
         dataset: what the encoder was trained on.
@@ -104,30 +109,32 @@ def build_candidate(
         before: the choice that the live index rests on.
         expired: items that the index leaves out, bool `[N]`; None: none.
         on_choice: told of each step of choosing.
+        on_progress: told how many items are in the index, and of how many.
 
     Raises:
         CheckpointError: the run holds no encoder of this dataset.
         ConfigError: the index cannot be built.
     """
     encoder, info = load_trained(dataset, run_dir)
-    vectors = item_vectors(encoder)
     users = current_user_embeddings(dataset, encoder)
     known = {"events": pa.array(dataset.item_counts), "popularity": pa.array(recent_popularity(dataset).counts)}
     if expired is not None and expired.any():
         known["expired"] = pa.array(expired)
     counted = Vocabulary(dataset.vocabulary.ids, {**_published(dataset.vocabulary.attributes, info), **known})
     served = served_rows(counted)
-    answers = vectors if served.all() else vectors[served]
-    built = built_index(answers, users, spec, run_dir, on_choice, before=before)
-    searcher = searcher_of(built.index, vectors, counted)
+    embedded = embed_items(encoder, info.weights_sha256, served, run_dir)
+    built = built_index(
+        embedded.answers, users, spec, run_dir, on_choice, before=before, work=embedded.folder, on_progress=on_progress
+    )
+    searcher = searcher_of(built.index, embedded.items, counted)
     return Candidate(
         encoder=encoder,
         info=info,
         vocabulary=counted,
-        vectors=vectors,
+        embedded=embedded,
         built=built,
         searcher=searcher,
-        ann_recall=ann_recall(searcher, answers, users),
+        ann_recall=ann_recall(searcher, embedded.answers, users),
         trained_on=_trained_on(dataset, info),
     )
 
@@ -180,7 +187,9 @@ def publish_candidate(
             gates=[GateVerdict(**gate.model_dump()) for gate in gates],
         )
 
-    return registry.publish(write)
+    version = registry.publish(write)
+    candidate.embedded.remove()
+    return version
 
 
 def publish_snapshot(
@@ -191,6 +200,8 @@ def publish_snapshot(
     report: Mapping[str, Any],
     *,
     on_choice: Callable[[str], None] = lambda line: None,
+    on_progress: Report = lambda done, total: None,
 ) -> str:
     """`build_candidate`, then `publish_candidate`."""
-    return publish_candidate(build_candidate(dataset, run_dir, spec, on_choice=on_choice), registry, report)
+    candidate = build_candidate(dataset, run_dir, spec, on_choice=on_choice, on_progress=on_progress)
+    return publish_candidate(candidate, registry, report)

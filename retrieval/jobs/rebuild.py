@@ -33,6 +33,7 @@ from retrieval.evaluation.gates import GateConfig, GateResult
 from retrieval.histories.fill import fill_histories
 from retrieval.histories.recorded import RecordedHistories
 from retrieval.index.choice import AutoIndex
+from retrieval.index.lists import Report
 from retrieval.index.spec import IndexSpec
 from retrieval.jobs.expiry import Expiry, expired_items
 from retrieval.jobs.index_choice import Chosen
@@ -126,6 +127,7 @@ def rebuild(
     on_stage: Callable[[str], None] = lambda _: None,
     on_note: Callable[[str], None] = lambda _: None,
     on_step: Callable[[StepReport], None] | None = None,
+    on_indexed: Report = lambda done, total: None,
 ) -> Night:
     """Run a night, or go on with one that did not end.
 
@@ -142,6 +144,7 @@ def rebuild(
         on_stage: called with a stage's name as it begins.
         on_note: called with a sentence that an operator should read.
         on_step: called after every step of training.
+        on_indexed: told how many items are in the index, and of how many.
 
     Raises:
         InputError: the log, the settings or the folders cannot be used, or another rebuild is at work in `work`.
@@ -189,7 +192,9 @@ def rebuild(
         with clock.stage("index"):
             chosen = last.get("index", {}).get("chosen") if base is not None else None
             before = Chosen.model_validate(chosen) if chosen is not None else None
-            candidate = build_candidate(dataset, folder / FINAL, config.index, expired=expired, before=before)
+            candidate = build_candidate(
+                dataset, folder / FINAL, config.index, expired=expired, before=before, on_progress=on_indexed
+            )
             results += snapshot_gates(dataset, candidate, live, config.gates)
         report = night_report(
             dataset,

@@ -95,7 +95,8 @@ def write_snapshot(
         SnapshotCorruptError: encoder, vocabulary and index do not belong together.
     """
     _check_together(folder, vocabulary, info, index.count)
-    off = score_error(index, _answers(item_vectors(encoder), vocabulary))
+    answers = np.flatnonzero(served_rows(vocabulary))
+    off = score_error(index, lambda rows: item_vectors(encoder, answers[rows]))
     if index.width != info.encoder.vector_width or not off < _MOST_OFF:
         raise SnapshotCorruptError(
             f"{folder}: encoder and index do not belong together (the index's scores are off by {off:.0%})"

@@ -7,7 +7,7 @@ import pytest
 
 from retrieval.data.dataset import Dataset
 from retrieval.data.features import FeatureSchema, SideColumn
-from retrieval.data.ingest import EventSchema, UserSchema, ingest
+from retrieval.data.ingest import EventSchema, SeriesSchema, UserSchema, ingest
 from retrieval.errors import ConfigError, DataError
 from retrieval.types import TokenKind
 from tests.data.logs import DAY, write
@@ -129,6 +129,72 @@ def test_series_alone_and_context_alone(tmp_path: Path) -> None:
     features = FeatureSchema(context={"sex": SideColumn()})
     context = ingest(log, tmp_path / "b", users=users, user_schema=COLUMNS, features=features)
     assert events_of(context, 1, 8) == []
+
+
+POINTS = (
+    "user_id,series,value,timestamp\n"
+    f"7,author,anna,{DAY + 5}\n"
+    f"7,author,ben,{DAY + 20}\n"
+    f"7,author,ben,{DAY + 25}\n"
+    f"2,author,anna,{DAY - 60}\n"
+    f"7,device,watch,{DAY + 38}\n"
+    f"99,author,carl,{DAY}\n"  # no user of the event log
+    f"7,,anna,{DAY}\n7,author,,{DAY}\n7,author,anna,\n,author,anna,{DAY}\n7,mood,low,{DAY}\n"
+)
+OWN = FeatureSchema(auxiliary={"author": SideColumn(), "device": SideColumn()})
+
+
+def test_a_series_may_have_a_log_of_its_own_or_be_in_both(tmp_path: Path) -> None:
+    log, points = write(tmp_path / "log.csv", LOG), write(tmp_path / "points.csv", POINTS)
+    dataset = ingest(log, tmp_path / "out", series=points, features=OWN)
+    assert dataset.info.kinds == (
+        TokenKind(name="author", context=False, values=("anna", "ben", "carl")),
+        TokenKind(name="device", context=False, values=("phone", "desk", "watch")),
+    )
+    assert events_of(dataset, 1, 8) == [
+        ("author", "anna", 5),
+        ("author", "ben", 20),
+        ("device", "desk", 20),
+        ("device", "watch", 38),
+        ("device", "phone", 40),
+    ]
+    assert events_of(dataset, 0, 3) == [("author", "anna", -60), ("device", "phone", 0)]
+    assert dataset.info.repairs["series_rows_passed_over"] == 5
+    assert str(points) in dataset.info.sources
+    assert dataset.info.users == 2
+
+
+def test_a_log_of_series_as_it_comes(tmp_path: Path) -> None:
+    """Other names and formats, string ids, and a column of the event log that is not there."""
+    log = write(tmp_path / "log.csv", LOG.replace("region", "place"))
+    lines = [
+        f'{{"who": "7", "of": "region", "is": "north", "at": "2024-01-01T00:00:{second:02}Z"}}\n' for second in (9, 3)
+    ]
+    points = write(tmp_path / "points.jsonl", "".join(lines))
+    features = FeatureSchema(auxiliary={"region": SideColumn()})
+    schema = SeriesSchema(user="who", series="of", value="is", time="at")
+    ids = EventSchema(user_type="string")
+    dataset = ingest(log, tmp_path / "out", schema=ids, series=points, series_schema=schema, features=features)
+    told = dataset.side(np.array([1]), np.array([8]))
+    assert told is not None
+    assert told.values.tolist() == [1]
+    assert told.timestamps.tolist() == [1_704_067_203]
+
+
+def test_a_log_of_series_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    log, points = write(tmp_path / "log.csv", LOG), write(tmp_path / "points.csv", POINTS)
+    with pytest.raises(ConfigError, match=r"points.csv: the features declare no auxiliary series"):
+        ingest(log, tmp_path / "out", series=points)
+    with pytest.raises(DataError, match=r"points.csv: has no usable row of series 'moods', which is no column"):
+        ingest(log, tmp_path / "out", series=points, features=FeatureSchema(auxiliary={"moods": SideColumn()}))
+    with pytest.raises(DataError, match=r"log.csv: has no column 'value' for a series"):
+        ingest(log, tmp_path / "out", series=log, series_schema=SeriesSchema(series="region"), features=OWN)
+    bad = write(tmp_path / "bad.csv", POINTS + f"x,author,anna,{DAY}\n")
+    with pytest.raises(DataError, match=r"'x' .* is not a 64-bit integer id"):
+        ingest(log, tmp_path / "out", series=bad, features=OWN)
+    late = write(tmp_path / "late.csv", "user_id,series,value,timestamp\n7,author,anna,99999999999999999999\n")
+    with pytest.raises(DataError, match=r"late.csv: column 'timestamp' holds numbers too large"):
+        ingest(log, tmp_path / "out", series=late, features=OWN)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:

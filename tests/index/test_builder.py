@@ -1,9 +1,12 @@
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
 from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
+from retrieval.index import backend, builder
+from retrieval.index.backend import write_flat
 from retrieval.index.builder import build_index, open_index
 from retrieval.index.spec import IndexSpec
 
@@ -47,3 +50,27 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
         (tmp_path / spec.file).write_bytes(b"no index at all")
         with pytest.raises(SnapshotCorruptError, match=rf"{spec.file}: is not a readable"):
             open_index(tmp_path / spec.file, spec, VECTORS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_the_file_of_an_exact_index_is_the_one_that_faiss_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(backend, "_WRITTEN", 128)
+    vectors = np.random.default_rng(0).normal(size=(count, 7)).astype(np.float32)
+    index = faiss.IndexFlatIP(7)
+    index.add(vectors)
+    faiss.write_index(index, str(tmp_path / "faiss"))
+    write_flat(vectors, tmp_path / "ours")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "faiss").read_bytes()
+
+
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "IVF4,PQ2x4fs,RFlat", "HNSW8"])
+def test_faiss_takes_items_in_blocks_and_tells_of_each(monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
+    monkeypatch.setattr(builder, "_ADDED", 130)
+    vectors = np.random.default_rng(1).normal(size=(400, 8)).astype(np.float32)
+    told: list[tuple[int, int]] = []
+    index = build_index(vectors, IndexSpec(factory=factory), report=lambda *what: told.append(what))
+    assert told == [(done, 400) for done in (0, 130, 260, 390, 400)]
+    assert index.count == 400
+    assert index.search(vectors[399:], 1).rows.tolist() == [[399]], "a row is its place in the whole"

@@ -162,3 +162,26 @@ def test_search_parameters_that_mean_nothing_are_refused(search: dict[str, float
     vectors = unit(np.random.default_rng(0).normal(size=(40, 8)))
     with pytest.raises(ConfigError, match=sentence):
         CodesBackend(vectors, IndexSpec(factory="IVF2,Int8", search=search), build_lists(vectors, 2))
+
+
+def test_threads_make_the_same_codes(native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "_ENCODED_BY_A_THREAD", 1)
+    vectors = unit(np.random.default_rng(4).normal(size=(3000, 20)))
+    lists = build_lists(vectors, 16)
+    made = []
+    for threads in (1, 2, 7, 64):
+        monkeypatch.setattr(faiss, "omp_get_max_threads", lambda threads=threads: threads)
+        made.append((Codes(native, vectors), Codes(native, vectors, lists.centres, lists.counts, lists.order)))
+    for others in made[1:]:
+        for one, other in zip(made[0], others, strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(one._held[2:4], other._held[2:4], strict=True))
+            assert (one._problem.error, one._problem.norm) == (other._problem.error, other._problem.norm)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-42, 1e30])
+def test_very_small_and_very_large_vectors_are_found(native: ctypes.CDLL, size: float) -> None:
+    vectors = (np.random.default_rng(5).normal(size=(200, 8)) * size).astype(np.float32)
+    queries = unit(np.random.default_rng(6).normal(size=(3, 8)))
+    found = Codes(native, vectors).search(queries, 5)
+    truth = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    np.testing.assert_allclose(found.scores, np.sort(truth, axis=1)[:, ::-1][:, :5], atol=2e-6 * size + 1e-44)

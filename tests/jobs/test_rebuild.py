@@ -142,8 +142,9 @@ def test_weights_that_are_not_numbers_are_refused(
 ) -> None:
     def poisoned(dataset: Dataset, run_dir: Path, spec: IndexSpec, **more: Any) -> Candidate:
         candidate = build_candidate(dataset, run_dir, spec, **more)
-        candidate.vectors[3] = np.nan
-        return candidate
+        items = np.array(candidate.embedded.items)
+        items[3] = np.nan
+        return replace(candidate, embedded=replace(candidate.embedded, items=items))
 
     monkeypatch.setattr(module, "build_candidate", poisoned)
     write_log(root / "log", 5)
