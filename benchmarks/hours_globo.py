@@ -1,15 +1,16 @@
 """What a shorter interval gains on a real stream: rebuilds every hour against the snapshot of midnight.
 
-    python -m benchmarks.hours_globo --clicks globo/ --work /tmp/hours [--day 3] [--hours 12 13 14 15]
+    python -m benchmarks.hours_globo --clicks globo/ --work /tmp/hours [--day 3] [--hours 12 13 14 15] [--nights DIR]
 
-A snapshot of all clicks until midnight before a day, from scratch; then at each of the hours, UTC, a rebuild from the
-live weights on all clicks until then. Asked for are the clicks of the hour after it, as `globo_asked` says.
+A snapshot of all clicks until midnight before a day, from scratch, or the one that `nights_globo` made of them; then at
+each of the hours, UTC, a rebuild from the live weights on all clicks until then. Asked for are the clicks of the hour after it, as `globo_asked` says.
 Hours that were rebuilt are not rebuilt again, and those that have rows not evaluated again.
 """
 
 import argparse
 import csv
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for logs, registry and training runs")
     parser.add_argument("--day", type=int, default=3, help="place of the day among the files (default: 3)")
     parser.add_argument("--hours", type=int, nargs="+", default=[12, 13, 14, 15], help="of rebuilds, UTC")
+    parser.add_argument("--nights", type=Path, help="--work of nights_globo; the snapshot of midnight is from there")
     parser.add_argument("--queries", type=int, default=6000, help="asked of each kind an hour (default: 6000)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
@@ -68,6 +70,8 @@ def main() -> None:
     notes = parsed.work / "versions.json"
     # Version and seconds of each moment.
     built: dict[str, tuple[str, float]] = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+    if parsed.nights is not None and not built:
+        built[str(midnight)] = _of_nights(parsed.nights, parsed.work, parsed.day - 1), 0.0
     moments = [midnight + _HOUR * hour for hour in (0, *parsed.hours)]
     for before, moment in zip([moments[0], *moments], moments, strict=False):
         if str(moment) not in built:
@@ -85,6 +89,14 @@ def main() -> None:
                 print(about | row, flush=True)
 
 
+def _of_nights(nights: Path, work: Path, night: int) -> str:
+    """Begin with the registry of nights from live weights as it stood after one; that one's version."""
+    found = json.loads((nights / "warm" / "nights.json").read_text(encoding="utf-8"))[str(night)]
+    shutil.copytree(nights / "warm" / "registry", work / "registry", dirs_exist_ok=True)
+    Registry(work / "registry").rollback(found["version"])
+    return str(found["version"])
+
+
 def _rebuilt(work: Path, registry: Registry, clicks: pa.Table, moment: int) -> float:
     """Publish a snapshot of the clicks before a moment, seconds; what it took."""
     log = work / "logs" / str(moment)
@@ -95,7 +107,7 @@ def _rebuilt(work: Path, registry: Registry, clicks: pa.Table, moment: int) -> f
     rebuild(
         log,
         registry,
-        work / "nights" / str(moment),
+        work / "rebuilds",
         # The gates' answer is no part of the question.
         RebuildConfig(training=training(4), index=IndexSpec(), gates=GateConfig(worse_by=0.99), warm_epochs=1, keep=99),
         ingest=lambda out, known: read_clicks(log, out, known=known),
