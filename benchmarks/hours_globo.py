@@ -2,9 +2,10 @@
 
     python -m benchmarks.hours_globo --clicks globo/ --work /tmp/hours [--day 3] [--hours 12 13 14 15] [--nights DIR]
 
-A snapshot of all clicks until midnight before a day, from scratch, or the one that `nights_globo` made of them; then at
-each of the hours, UTC, a rebuild from the live weights on all clicks until then. Asked for are the clicks of the hour after it, as `globo_asked` says.
-Hours that were rebuilt are not rebuilt again, and those that have rows not evaluated again.
+A snapshot of all clicks until midnight before a day, from scratch, or the one that `nights_globo` made of them; then
+at each of the hours, UTC, a rebuild from the live weights on all clicks until then. Asked for are the clicks of the
+hour after it, as `globo_asked` says. Hours that were rebuilt are not rebuilt again, and those that have rows not
+evaluated again.
 """
 
 import argparse
