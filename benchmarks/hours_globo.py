@@ -94,7 +94,7 @@ def _of_nights(nights: Path, work: Path, night: int) -> str:
     """Begin with the registry of nights from live weights as it stood after one; that one's version."""
     found = json.loads((nights / "warm" / "nights.json").read_text(encoding="utf-8"))[str(night)]
     shutil.copytree(nights / "warm" / "registry", work / "registry", dirs_exist_ok=True)
-    Registry(work / "registry").rollback(found["version"])
+    Registry(work / "registry").activate(found["version"])
     return str(found["version"])
 
 
