@@ -161,7 +161,8 @@ class RetrievalClient(Connection):
     ) -> None:
         super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
         # What a server has room for: calls that are answered, and calls that record.
-        self._answering, self._recording = (Throttle(), Throttle()) if throttle else (None, None)
+        self._answering = Throttle() if throttle else None
+        self._recording = Throttle() if throttle else None
         self._retrieve = self._described(_METHODS["Retrieve"])
         self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
         self._embed_users = self._described(_METHODS["EmbedUsers"])

@@ -58,7 +58,7 @@ def _task(
     context: Context | None = None,
 ) -> asyncio.Future[Any]:
     kind = _CallTask if getattr(coroutine, "__name__", "") == _CALL else asyncio.Task
-    return kind(coroutine, loop=loop, context=context)  # type: ignore[arg-type]
+    return kind(coroutine, loop=loop, context=context)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
