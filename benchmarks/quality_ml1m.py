@@ -85,9 +85,11 @@ ENTRIES: dict[str, Entry] = {
     "HSTU, 128 negatives of each position (published)": Entry(
         "ml1m", {"epochs": 101, "num_negatives": 128, "shared_negatives": False}
     ),
-    "HSTU-large": Entry("large-ml1m", BRISK | {"epochs": 24}, {"dropout": 0.1}),
+    "HSTU-large, 24 epochs": Entry("large-ml1m", BRISK | {"epochs": 24}, {"dropout": 0.1}),
+    "HSTU-large": Entry("large-ml1m", BRISK, {"dropout": 0.1}),
     "HSTU-best, 18 epochs": Entry("best-ml1m", BRISK | {"epochs": 18, "validate_every": 6}),
     "HSTU-best": Entry("best-ml1m", BRISK | {"validate_every": 8}),
+    "HSTU-best, all windows": Entry("best-ml1m", BRISK | {"epochs": 28, "validate_every": 7, "windows": "all"}),
     "SASRec": Entry("sasrec-ml1m", BRISK),
     "SASRec, constant rate": Entry("sasrec-ml1m", CONSTANT),
     "GRU4Rec": Entry("gru4rec-ml1m", BRISK),
