@@ -71,7 +71,7 @@ class FaissGpuBackend:
             )
         self._owner = ThreadPoolExecutor(1, "faiss-gpu")
         try:
-            self._index = self._owner.submit(backend.moved, self._resources, device).result()
+            self._index: Any = self._owner.submit(backend.moved, self._resources, device).result()
         except RuntimeError as error:
             raise ConfigError(f"index {factory!r} does not run on a GPU: {faiss_reason(error)}") from None
 

@@ -23,7 +23,7 @@ __all__ = ["aot_cases", "launch_config", "topk_scores_triton"]
 _GROUP = 32
 _CHOSEN = 4
 """Groups that a program of the second kernel scores."""
-_WARPS = 4
+_WARPS, _CHOSEN_WARPS = 8, 4
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def topk_scores_triton(queries_BD: Tensor, items_ND: Tensor, k: int, allowed: Te
     blocks = triton.cdiv(chosen, _CHOSEN)
     _chosen_kernel[(queries * blocks,)](
         queries_BD, items_ND, bitmap, chosen_BS, scores_BC, items, chosen, width, blocks,
-        BS=_CHOSEN, BD=block_d, GROUP=_GROUP, HAS_ALLOWED=allowed is not None, num_warps=_WARPS,
+        BS=_CHOSEN, BD=block_d, GROUP=_GROUP, HAS_ALLOWED=allowed is not None, num_warps=_CHOSEN_WARPS,
     )  # fmt: skip
     rows_BC = (chosen_BS.unsqueeze(2) * _GROUP + torch.arange(_GROUP, device=device)).flatten(1)
     return best_of(scores_BC.masked_fill_(~finite_B[:, None], -torch.inf), rows_BC, k)
@@ -140,7 +140,7 @@ def aot_cases() -> list[AotCase]:
         }
         pointers = {"chosen_ptr": "*i64", "maxima_ptr": "*fp32", "scores_ptr": "*fp32"}
         pointers |= {"allowed_ptr": "*u8" if has_allowed else f"*{dtype}"}
-        for kernel in (_maxima_kernel, _chosen_kernel):
+        for kernel, warps in ((_maxima_kernel, _WARPS), (_chosen_kernel, _CHOSEN_WARPS)):
             types = {
                 name: "constexpr"
                 if name in tiles
@@ -149,5 +149,5 @@ def aot_cases() -> list[AotCase]:
             }
             values = {name: value for name, value in tiles.items() if name in kernel.arg_names}
             name = f"{kernel.__name__.strip('_')} B{queries} D{width} {dtype}{' bitmap' if has_allowed else ''}"
-            cases.append(AotCase(name=name, kernel=kernel, signature=types, constexprs=values, num_warps=_WARPS))
+            cases.append(AotCase(name=name, kernel=kernel, signature=types, constexprs=values, num_warps=warps))
     return cases

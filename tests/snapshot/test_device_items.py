@@ -39,9 +39,10 @@ def test_answers_are_full_eligible_and_exact(backend: Backend, share: float) -> 
         retired=expired,
         costs=SELECTOR,
     )
-    filter_ = Compare("place", "<", int(share * COUNT)) if share < 1 else None
+    limit = int(share * COUNT)
+    filter_ = Compare("place", "<", limit) if share < 1 else None
     excluded = [rows[:9]] * len(QUERIES)
-    eligible = np.setdiff1d(np.flatnonzero((place % 7 > 0) & (place < share * COUNT)), rows[:9])
+    eligible = np.setdiff1d(np.flatnonzero((place % 7 > 0) & (place < limit)), rows[:9])
     found = searcher.search(QUERIES, [40] * len(QUERIES), excluded, [filter_] * len(QUERIES))
     wanted = min(40, len(eligible))
     truth = np.sort(QUERIES @ VECTORS[eligible].T, axis=1)[:, ::-1][:, :wanted]
