@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.errors import ConfigError, SnapshotCorruptError
+from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
 from retrieval.index.backend import FaissBackend, Index, faiss_reason
 from retrieval.index.codes_backend import CodesBackend
 from retrieval.index.faiss_gpu import cagra_degree, cagra_index
@@ -41,8 +41,10 @@ def build_index(
 
     Raises:
         ConfigError: the factory string or a search parameter is not known, or items are too few.
-        InputError: an embedding is not finite.
+        InputError: an embedding is not finite, or they are no table.
     """
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise InputError(f"embeddings of shape {vectors.shape} are not a row of numbers for each item")
     check_finite(vectors)
     if spec.factory == "Flat":
         return CodesBackend(vectors, spec)

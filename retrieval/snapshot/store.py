@@ -95,7 +95,9 @@ def write_snapshot(
 
     Raises:
         SnapshotCorruptError: encoder, vocabulary and index do not belong together.
+        DataError: two items have one id.
     """
+    vocabulary.check_unique()
     _check_together(folder, vocabulary, info, index.count)
     answers = np.flatnonzero(served_rows(vocabulary))
     off = score_error(index, lambda rows: item_vectors(encoder, answers[rows]))
