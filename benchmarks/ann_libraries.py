@@ -258,8 +258,8 @@ def _scann_load(path: Path, name: str, items: Vectors) -> Any:
 def _scann_settings(index: Any, name: str, threads: int) -> Iterator[Setting]:
     index.set_num_threads(threads)
     leaves = int(name.split()[1].rstrip(","))
-    for reorder in (3, 5):
-        for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5):
+    for reorder in (3, 5, 10, 20):
+        for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.8):
             effort = {"leaves_to_search": max(1, round(share * leaves)), "pre_reorder_num_neighbors": reorder * K}
 
             def search(asked: Vectors, effort: dict[str, int] = effort) -> NDArray[np.int64]:
