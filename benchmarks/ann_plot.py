@@ -17,16 +17,21 @@ STYLES = {"ours": "-", "ours, Searcher": "--"}
 
 
 def main() -> None:
-    """One PNG for each data set: one query at a time, and batches of 256; one thread, the machine of its latest row."""
+    """One PNG for each data set: one query at a time, and batches of 256; one thread, the machine of its latest row.
+
+    Of each index the rows of its latest commit.
+    """
     folder = Path(sys.argv[1])
     with RESULTS.open(encoding="utf-8", newline="") as file:
         every = [row for row in csv.DictReader(file) if row["threads"] == "1"]
     for data, machine in {row["data"]: row["hardware"] for row in every}.items():
         rows = [row for row in every if (row["data"], row["hardware"]) == (data, machine)]
+        latest = {(row["library"], row["index"]): row["commit"] for row in rows}
+        rows = [row for row in rows if row["commit"] == latest[row["library"], row["index"]]]
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
         colours: dict[str, str] = {}
         for row in rows:
-            index = row["index"] if row["library"].startswith("ours") else row["library"]
+            index = row["index"] if row["library"].startswith("ours") else f"{row['library']} {row['index']}"
             colours.setdefault(index, f"C{len(colours) % 10}")
         for axis, batch in zip(axes, (1, 256), strict=True):
             curves = dict.fromkeys((row["library"], row["index"]) for row in rows)
@@ -38,8 +43,8 @@ def main() -> None:
                         if (row["library"], row["index"]) == (library, index)
                     ]
                 )
-                name = index if library.startswith("ours") else library
-                label = f"{library}: {index}" if library.startswith("ours") else library
+                name = index if library.startswith("ours") else f"{library} {index}"
+                label = f"{library}: {index}" if library.startswith(("ours", "faiss")) else library
                 style = STYLES.get(library, ":")
                 marker = "s" if index == "Flat" else "o"
                 axis.plot(*zip(*points, strict=True), style, color=colours[name], marker=marker, ms=3.5, label=label)

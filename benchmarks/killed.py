@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Fork", "asked", "at_operation", "at_stage", "operations", "started"]
+__all__ = ["Fork", "asked", "at_operation", "at_stage", "clock_library", "operations", "started"]
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
+_CLOCK = Path(__file__).with_name("shifted_clock.c")
 _HARMLESS = "jemalloc_bg_thd"
 
 
@@ -134,3 +136,11 @@ def at_stage(number: int) -> None:
         say(text)
 
     rebuild.say = count
+
+
+def clock_library(folder: Path) -> Path:
+    """What a program must load to see another time of day, compiled into a folder: see `shifted_clock.c`."""
+    library = folder / "shifted_clock.so"
+    if not library.exists():
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(_CLOCK)], check=True)
+    return library

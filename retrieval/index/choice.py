@@ -33,6 +33,8 @@ _LEAST_ITEMS: Final = 1_000
 _PER_CLUSTER: Final = 39
 """Fewer training points per cluster are too few, by Faiss's own warning."""
 _ROUNDING: Final = 1e-5
+_HALVINGS: Final = 2
+"""Of the step between a search parameter that misses the recall and one that reaches it."""
 _WORTH_A_ROW: Final = 0.5
 """Settings of a lower recall are not timed."""
 # Of timings: the least of so many passes counts, as noise only ever adds.
@@ -233,30 +235,33 @@ def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measur
     index = build_index(problem.vectors, IndexSpec(factory=factory))
     seconds, size = time.perf_counter() - begun, index.size
     curve: list[Measured] = []
-    fixed: object = None
-    skip = False
-    for search, group in _settings(factory, problem.depth, len(problem.vectors)):
-        if group != fixed:
-            fixed, skip = group, False
-        if skip:
-            continue
+
+    def reaches(search: dict[str, float]) -> bool:
         backend = index.tuned(search)
         recall = _recall(backend, problem.queries, problem.thresholds, problem.depth)
-        if recall < min(_WORTH_A_ROW, problem.auto.recall):
-            continue
-        reaches = recall >= problem.auto.recall
-        curve.append(
-            Measured(
+        enough = recall >= problem.auto.recall
+        if recall >= min(_WORTH_A_ROW, problem.auto.recall):
+            measured = Measured(
                 spec=backend.spec,
                 items=len(problem.vectors),
                 recall=round(recall, 5),
                 batch_us=round(_microseconds(backend, problem.queries, problem.depth, _BATCH), 2),
                 build_seconds=round(seconds, 2),
                 bytes=size,
-                reaches=reaches,
+                reaches=enough,
             )
-        )
-        skip = reaches
+            curve.append(measured)
+        return enough
+
+    for rising in _settings(factory, problem.depth, len(problem.vectors)):
+        place = next((place for place, search in enumerate(rising) if reaches(search)), None)
+        if place:
+            low, high = rising[place - 1], rising[place]
+            for _ in range(_HALVINGS):
+                between = _between(low, high)
+                if between in (low, high):
+                    break
+                low, high = (low, between) if reaches(between) else (between, high)
     if curve:
         best = min(curve, key=lambda one: (not one.reaches, one.batch_us if one.reaches else -one.recall))
         what = f"recall@{problem.depth} {best.recall:.4f}, {best.batch_us:.0f} µs per query, built in {seconds:.1f} s"
@@ -264,21 +269,25 @@ def _curve(problem: _Problem, factory: str, report: Report) -> tuple[list[Measur
     return curve, index
 
 
-def _settings(factory: str, depth: int, count: int) -> Iterator[tuple[dict[str, float], object]]:
-    """Search parameters from quick to thorough, and what is fixed while the others rise."""
+def _settings(factory: str, depth: int, count: int) -> Iterator[list[dict[str, float]]]:
+    """Search parameters from quick to thorough, one of them rising."""
     if factory.startswith("IVF"):
         lists = int(factory[3:].split(",")[0])
         probes = sorted({min(lists, round(2 ** (step / 2))) for step in range(2 * math.ceil(math.log2(lists + 1)) + 1)})
         factors = [factor for factor in (2, 4, 8, 16) if factor * depth <= count or factor == 2]
         for factor in factors if "Refine" in factory else [None]:
-            for probe in probes:
-                refining = {} if factor is None else {"k_factor_rf": float(factor)}
-                yield {"nprobe": float(probe)} | refining, factor
+            refining = {} if factor is None else {"k_factor_rf": float(factor)}
+            yield [{"nprobe": float(probe)} | refining for probe in probes]
     elif factory.startswith("HNSW"):
-        for effort in (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16):
-            yield {"efSearch": float(round(max(16, effort * depth)))}, None
+        efforts = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+        yield [{"efSearch": float(round(max(16, effort * depth)))} for effort in efforts]
     else:
-        yield {}, None
+        yield [{}]
+
+
+def _between(low: dict[str, float], high: dict[str, float]) -> dict[str, float]:
+    """Halfway, by ratio."""
+    return {name: float(round(math.sqrt(low[name] * high[name]))) for name in low}
 
 
 def _recall(backend: Index, queries: NDArray[np.float32], thresholds: NDArray[np.float32], depth: int) -> float:

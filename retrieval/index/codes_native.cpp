@@ -26,7 +26,8 @@
 
 namespace {
 
-constexpr int64_t GROUP_QUERIES = 64, BUFFER = 1024, LARGEST_BUFFER = 1 << 15;
+// So many queries share each reading of the codes, which comes from memory where there are millions of items.
+constexpr int64_t GROUP_QUERIES = 256, BUFFER = 384, LARGEST_BUFFER = 1 << 15;
 
 float dot(const float* a, const float* b, int64_t width) {
   float parts[LANES] = {};
@@ -155,22 +156,36 @@ struct Query {
     while (room() < items) compact();
   }
 
-  // The K best of the candidates by their vectors.
+  // The K best of the candidates by their vectors: first those that are best by codes, whose K-th true score then tells,
+  // by one margin where codes alone need two, which of the others must be looked at.
   std::vector<Found> exactly() const {
-    std::vector<Found> best(count);
-    for (int64_t i = 0; i < count; ++i) {
-      if (i + 8 < count) {
-        const char* ahead = reinterpret_cast<const char*>(codes->vectors + int64_t(rows[i + 8]) * codes->width);
-        for (int64_t byte = 0; byte < codes->width * 4; byte += 64) __builtin_prefetch(ahead + byte);
-      }
-      best[i] = {dot(vector, codes->vectors + int64_t(rows[i]) * codes->width, codes->width), rows[i]};
-    }
-    if (count > k) {
+    std::vector<Found> best;
+    best.reserve(count);
+    if (count <= k) {
+      score_from(-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity(), best);
+    } else {
+      const float last = kth(scores.data(), count, k, false);
+      score_from(last, std::numeric_limits<float>::infinity(), best);
+      std::nth_element(best.begin(), best.begin() + k - 1, best.end());
+      score_from(best[k - 1].score - margin, last, best);
       std::nth_element(best.begin(), best.begin() + k, best.end());
       best.resize(k);
     }
     std::sort(best.begin(), best.end());
     return best;
+  }
+
+  // Scores the candidates from one score by codes to below another.
+  void score_from(float least_, float below, std::vector<Found>& into) const {
+    const size_t first = into.size();
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(scores[i] >= least_ && scores[i] < below)) continue;
+      into.push_back({0, rows[i]});
+      const char* ahead = reinterpret_cast<const char*>(codes->vectors + int64_t(rows[i]) * codes->width);
+      for (int64_t byte = 0; byte < codes->width * 4; byte += 64) __builtin_prefetch(ahead + byte);
+    }
+    for (size_t i = first; i < into.size(); ++i)
+      into[i].score = dot(vector, codes->vectors + into[i].row * codes->width, codes->width);
   }
 };
 
@@ -178,24 +193,33 @@ bool is_allowed(const uint8_t* allowed, int64_t row) { return allowed[row >> 3] 
 
 #if WIDE
 
-inline void take(Query& query, __m512 scores, __mmask16 mask, int64_t block, const uint8_t* allowed) {
+// Keeps the scores of `masks`; apart, so that what seldom happens takes no registers from what always does.
+template <int BLOCKS>
+__attribute__((noinline)) void take(
+    Query& query, const __m512* scores, const __mmask16* masks, int64_t block, const uint8_t* allowed) {
   const Codes& codes = *query.codes;
-  __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int(block * LANES)),
-                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  if (codes.rows) {
-    places = _mm512_loadu_si512(codes.rows + block * LANES);
-    if (allowed) {
-      alignas(64) int32_t rows[LANES];
-      _mm512_store_si512(rows, places);
-      for (uint32_t left = mask; left; left &= left - 1) {
-        int lane = __builtin_ctz(left);
-        if (!is_allowed(allowed, rows[lane])) mask &= ~(1u << lane);
+  const __m512 scale = _mm512_set1_ps(query.scale);
+  for (int b = 0; b < BLOCKS; ++b, ++block) {
+    __mmask16 mask = masks[b];
+    if (!mask) continue;
+    __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int(block * LANES)),
+                                      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    if (codes.rows) {
+      places = _mm512_loadu_si512(codes.rows + block * LANES);
+      if (allowed) {
+        alignas(64) int32_t rows[LANES];
+        _mm512_store_si512(rows, places);
+        for (uint32_t left = mask; left; left &= left - 1) {
+          int lane = __builtin_ctz(left);
+          if (!is_allowed(allowed, rows[lane])) mask &= ~(1u << lane);
+        }
       }
     }
+    // There is room for all 16, and a whole store is quicker than one of some lanes.
+    _mm512_storeu_ps(query.scores.data() + query.count, _mm512_maskz_compress_ps(mask, _mm512_mul_ps(scores[b], scale)));
+    _mm512_storeu_si512(query.rows.data() + query.count, _mm512_maskz_compress_epi32(mask, places));
+    query.count += __builtin_popcount(mask);
   }
-  _mm512_mask_compressstoreu_ps(query.scores.data() + query.count, mask, _mm512_mul_ps(scores, _mm512_set1_ps(query.scale)));
-  _mm512_mask_compressstoreu_epi32(query.rows.data() + query.count, mask, places);
-  query.count += __builtin_popcount(mask);
 }
 
 // Which lanes of a block hold items that may be answered, as far as that can be told without their rows.
@@ -209,36 +233,44 @@ inline __mmask16 lanes_of(const Codes& codes, int64_t block, int64_t items, cons
   return __mmask16(mask);
 }
 
+// sum + Σ of four products in each lane, x unsigned. By hand: GCC 12 moves and spills the sums of the intrinsic.
+inline void add_products(__m512i& sum, __m512i x, __m512i y) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
+
+// The loops over a tile must be unrolled early, or its sums live in memory.
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < count; ++i)
+
 template <int QUERIES, int BLOCKS>
 inline void tile(Query* const* queries, const Codes& codes, int64_t block, int64_t items, const uint8_t* allowed) {
   __mmask16 lanes[BLOCKS];
   uint32_t any = 0;
-  for (int b = 0; b < BLOCKS; ++b) any |= lanes[b] = lanes_of(codes, block + b, items - b * LANES, allowed);
+  EACH(b, BLOCKS) any |= lanes[b] = lanes_of(codes, block + b, items - b * LANES, allowed);
   if (!any) return;
   __m512i sums[QUERIES][BLOCKS];
-  for (int q = 0; q < QUERIES; ++q)
-    for (int b = 0; b < BLOCKS; ++b) sums[q][b] = _mm512_set1_epi32(-queries[q]->offset);
+  EACH(q, QUERIES) EACH(b, BLOCKS) sums[q][b] = _mm512_set1_epi32(-queries[q]->offset);
   const int64_t bytes = codes.groups * 64;
   const uint8_t* at = codes.codes + block * bytes;
   const int8_t* asked[QUERIES];
-  for (int q = 0; q < QUERIES; ++q) asked[q] = queries[q]->bytes.data();
+  EACH(q, QUERIES) asked[q] = queries[q]->bytes.data();
   for (int64_t g = 0; g < codes.groups; ++g) {
     __m512i x[BLOCKS];
-    for (int b = 0; b < BLOCKS; ++b) x[b] = _mm512_loadu_si512(at + b * bytes + g * 64);
-    for (int q = 0; q < QUERIES; ++q) {
+    EACH(b, BLOCKS) x[b] = _mm512_loadu_si512(at + b * bytes + g * 64);
+    EACH(q, QUERIES) {
       int32_t four;
       std::memcpy(&four, asked[q] + 4 * g, 4);
       __m512i y = _mm512_set1_epi32(four);
-      for (int b = 0; b < BLOCKS; ++b) sums[q][b] = _mm512_dpbusd_epi32(sums[q][b], x[b], y);
+      EACH(b, BLOCKS) add_products(sums[q][b], x[b], y);
     }
   }
-  for (int b = 0; b < BLOCKS; ++b) {
-    __m512 scale = _mm512_loadu_ps(codes.scales + (block + b) * LANES);
-    for (int q = 0; q < QUERIES; ++q) {
-      __m512 scores = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][b]), scale);
-      __mmask16 mask = _mm512_mask_cmp_ps_mask(lanes[b], scores, _mm512_set1_ps(queries[q]->least_scaled), _CMP_GE_OQ);
-      if (mask) take(*queries[q], scores, mask, block + b, allowed);
+  EACH(q, QUERIES) {
+    const __m512 least = _mm512_set1_ps(queries[q]->least_scaled);
+    __m512 scores[BLOCKS];
+    __mmask16 masks[BLOCKS], found = 0;
+    EACH(b, BLOCKS) {
+      scores[b] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][b]), _mm512_loadu_ps(codes.scales + (block + b) * LANES));
+      masks[b] = _mm512_mask_cmp_ps_mask(lanes[b], scores[b], least, _CMP_GE_OQ);
+      found = _kor_mask16(found, masks[b]);
     }
+    if (found) take<BLOCKS>(*queries[q], scores, masks, block, allowed);
   }
 }
 

@@ -51,7 +51,7 @@ from retrieval.jobs.night import (
     state_of_live,
 )
 from retrieval.jobs.publish import build_candidate, publish_candidate
-from retrieval.jobs.report import keep_report, night_report
+from retrieval.jobs.report import keep_report, keep_report_of_live, night_report
 from retrieval.jobs.warm_start import carried_over, moved_rows
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot
@@ -159,7 +159,9 @@ def rebuild(
         live = live_snapshot(registry)
         last = made_by(registry, live)
         if live is not None and last and last["night"] == name_of_night(sources, config, last["live"]):
-            return Night(version=live.version, report=last, folder=work / f"night-{last['night']}")
+            folder = work / f"night-{last['night']}"
+            keep_report_of_live(work, folder, last, live.version)
+            return Night(version=live.version, report=last, folder=folder)
         key = name_of_night(sources, config, live.version if live is not None else None)
         folder = night_folder(work, key, last.get("night"))
         base = live if not config.full else None

@@ -13,14 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from retrieval.data.dataset import Dataset
 from retrieval.evaluation.gates import GateResult
 from retrieval.evaluation.metrics import evaluate_ranks
-from retrieval.files import write_atomically
+from retrieval.files import remove_temporary_files, write_atomically
 from retrieval.jobs.night import Clock
 from retrieval.jobs.publish import Candidate
 from retrieval.jobs.report_page import page_of
 from retrieval.jobs.warm_start import rows_before
 from retrieval.snapshot.store import Snapshot, served_rows
 
-__all__ = ["REPORT", "keep_report", "night_report"]
+__all__ = ["REPORT", "keep_report", "keep_report_of_live", "night_report"]
 
 REPORT = "report.json"
 _PAGE, _PAGES = "report.html", "reports"
@@ -108,14 +108,34 @@ def keep_report(work: Path, folder: Path, report: Mapping[str, Any], outcome: st
     """
     report = {**report, "outcome": outcome}
     page = page_of(report).encode()
-    write_atomically(folder / REPORT, json.dumps(report, indent=2).encode())
-    write_atomically(folder / _PAGE, page)
     pages = work / _PAGES
     pages.mkdir(exist_ok=True)
-    when = report["written"].replace("-", "").replace(":", "").partition("+")[0]
-    write_atomically(pages / f"{when}-{report['night']}.html", page)
+    for place in (folder, pages):
+        remove_temporary_files(place)
+    write_atomically(folder / REPORT, json.dumps(report, indent=2).encode())
+    write_atomically(folder / _PAGE, page)
+    write_atomically(_page_among_others(work, report), page)
     for old in sorted(pages.glob("*.html"))[:-_PAGES_KEPT]:
         old.unlink()
+
+
+def keep_report_of_live(work: Path, folder: Path, report: Mapping[str, Any], version: str) -> None:
+    """Keep the report of a night that published, from the snapshot itself, if the night was killed before it did.
+
+    Nothing happens where the night's folder is not in `work`, and no trace of a killed process stays.
+    """
+    if not folder.exists():
+        return
+    if _page_among_others(work, report).exists():
+        remove_temporary_files(folder)
+        remove_temporary_files(work / _PAGES)
+    else:
+        keep_report(work, folder, report, f"published as {version}")
+
+
+def _page_among_others(work: Path, report: Mapping[str, Any]) -> Path:
+    when = report["written"].replace("-", "").replace(":", "").partition("+")[0]
+    return work / _PAGES / f"{when}-{report['night']}.html"
 
 
 def _brief(report: Mapping[str, Any], live: Snapshot) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def test_the_fastest_that_reaches_the_recall_is_chosen(stopped_clock: dict[str, 
     assert chosen.reaches
 
 
+def test_search_parameters_are_raised_no_further_than_the_recall_needs(stopped_clock: dict[str, float]) -> None:
+    vectors, queries = clustered(5000, 120)
+    found = choose_index(vectors, queries, AutoIndex(recall=0.9, depth=20))
+    for start, name in (("IVF64,Int8", "nprobe"), ("HNSW", "efSearch")):
+        curve = [one for one in found.table if one.spec.factory.startswith(start) and one.single_us is None]
+        enough = min(one.spec.search[name] for one in curve if one.reaches)
+        short = max((one.spec.search[name] for one in curve if not one.reaches), default=enough / 2)
+        assert enough <= max(1.2 * short, short + 1)
+
+
 def test_nothing_that_misses_the_recall_is_chosen_however_fast(stopped_clock: dict[str, float]) -> None:
     rng = np.random.default_rng(0)
     # Nothing to find by neighbourhood: an index that looks at a part misses much.

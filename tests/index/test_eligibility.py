@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from retrieval.data.vocabulary import Vocabulary
 from retrieval.errors import FilterError, InputError
+from retrieval.index import codes_backend, exact
 from retrieval.index.attributes import Attributes
 from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
@@ -30,6 +32,12 @@ SPECS = [
     IndexSpec(factory="IVF4,SQ8", search={"nprobe": 1}),
     IndexSpec(factory="HNSW8", search={"efSearch": 8}),
     IndexSpec(factory="IVF4,PQ4x4fs,RFlat", search={"nprobe": 1, "k_factor_rf": 2}),
+    IndexSpec(factory="IVF4,PQ4x4fsr,Refine(SQfp16)", search={"nprobe": 1, "k_factor_rf": 2}),
+]
+# Every index, and those of our own codes also as they are where there is no compiler.
+BACKENDS = [
+    *(pytest.param(spec, False, id=spec.factory) for spec in SPECS),
+    *(pytest.param(spec, True, id=f"{spec.factory}-without-compiler") for spec in SPECS[:2]),
 ]
 # Each makes one plan the cheapest wherever it is possible at all.
 PREFERRING = {
@@ -55,8 +63,9 @@ def attributes_of(group: NDArray[np.int64]) -> Attributes:
 
 @dataclass
 class Problem:
-    """A catalogue of indexed and added items, a batch of queries, and who may get what."""
+    """A catalogue of indexed and added items with their ids, a batch of queries, and who may get what."""
 
+    vocabulary: Vocabulary
     vectors: NDArray[np.float32]
     group: NDArray[np.int64]
     indexed: int
@@ -96,6 +105,9 @@ class Problem:
         mask[self.withdrawn] = False
         return mask
 
+    def excluded_rows(self) -> list[NDArray[np.int64]]:
+        return [self.vocabulary.rows_of(self.vocabulary.ids_of(rows)) for rows in self.excluded]
+
     def check(self, answers: Answers, spec: IndexSpec) -> None:
         for b, k in enumerate(self.ks):
             eligible = self.eligible(b)
@@ -106,6 +118,7 @@ class Problem:
             assert np.isneginf(answers.scores[b, count:]).all()
             assert len(set(rows.tolist())) == count
             assert eligible[rows].all()
+            assert not set(self.vocabulary.ids_of(rows)) & set(self.vocabulary.ids_of(self.excluded[b]))
             truth = self.vectors.astype(np.float64) @ self.queries[b].astype(np.float64)
             np.testing.assert_allclose(scores, truth[rows], atol=1e-6)
             places = np.lexsort((self.tie_rank[rows], -scores))
@@ -137,10 +150,14 @@ def problems(draw: st.DrawFn) -> Problem:
         Compare("group", "<", 8),
         Missing("group"),
     ]
+    kind = draw(st.sampled_from(["text", "integers"]))
+    numbers = rng.choice(np.array([-(2**63), -5, 0, 2**53, 2**63 - 1 - total]), 1) + np.arange(total)
+    ids = pa.array(rng.permutation(numbers) if kind == "integers" else [f"ÿ{number}" for number in numbers])
     # Group 9 holds one item, group 10 nearly all.
     group = rng.choice([-1, 0, 1, 2, 10], total, p=[0.05, 0.05, 0.1, 0.4, 0.4])
     group[rng.integers(0, total)] = 9
     return Problem(
+        vocabulary=Vocabulary(ids),
         vectors=vectors,
         group=group,
         indexed=indexed,
@@ -154,13 +171,19 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @pytest.mark.parametrize("plan", Plan, ids=lambda plan: plan.name)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.factory)
-def test_answers_are_full_allowed_true_and_in_order(spec: IndexSpec, plan: Plan) -> None:
-    @settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize(("spec", "plain"), BACKENDS)
+def test_answers_are_full_allowed_true_and_in_order(
+    monkeypatch: pytest.MonkeyPatch, spec: IndexSpec, plain: bool, plan: Plan
+) -> None:
+    if plain:
+        for module in (codes_backend, exact):
+            monkeypatch.setattr(module, "library", lambda: None)
+
+    @settings(max_examples=25, deadline=None)
     @given(problem=problems())
     def check(problem: Problem) -> None:
         searcher = problem.searcher(spec, PREFERRING[plan])
-        problem.check(searcher.search(problem.queries, problem.ks, problem.excluded, problem.filters), spec)
+        problem.check(searcher.search(problem.queries, problem.ks, problem.excluded_rows(), problem.filters), spec)
 
     check()
 

@@ -87,6 +87,22 @@ def test_a_night_that_is_run_again_does_nothing(root: Path, capsys: pytest.Captu
     assert f"{before[-1]} is live" in capsys.readouterr().out
 
 
+def test_a_report_that_was_not_kept_is_kept_when_the_night_is_run_again(root: Path) -> None:
+    """Killed right after it published, a night leaves no page, and perhaps a piece of one."""
+    folder = latest(root)
+    (page,) = (root / "work" / "reports").glob(f"*-{folder.name.removeprefix('night-')}.html")
+    kept = [page, folder / "report.html", folder / "report.json"]
+    for path in kept:
+        path.unlink()
+    pieces = [folder / ".tmp-1-report.json", page.with_name(".tmp-1-page.html")]
+    for path in pieces:
+        path.write_text("{")
+    assert night(root / "log", root) == 0
+    assert [path.exists() for path in kept] == [True] * 3
+    assert [path.exists() for path in pieces] == [False] * 2
+    assert str(report_of(root)["outcome"]).startswith("published as")
+
+
 def test_a_log_without_news_is_no_night_unless_it_is_asked_for(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.utime(root / "log" / "day-00.csv", (1, 1))
     before = Registry(root / "registry").versions()
