@@ -5,8 +5,9 @@
     python3 -m benchmarks.gpu_check --quick --ops softmax_loss --no-compile
 
 The tests of the kernels and of training on them run first (all that are marked `gpu` are among them, and none needs
-packages of the index or the server); only if they pass are the kernels timed, then a layer beside a Transformer's. Rows
-are appended to benchmarks/results/kernels.csv and layers.csv. Options are those of `benchmarks.kernels`.
+packages of the index or the server), and those of exact search on a GPU where the index's packages are there; only if
+they pass are the kernels timed, then a layer beside a Transformer's. Rows are appended to kernels.csv and layers.csv in
+benchmarks/results. Options are those of `benchmarks.kernels`.
 """
 
 import importlib.util
@@ -39,7 +40,11 @@ def main() -> int:
     if missing:
         print(f"gpu-check: needs {', '.join(missing)}; nothing was tested, nothing was timed", file=sys.stderr)
         return 1
-    if not _pytest("tests/kernels", "tests/training/test_backends.py"):
+    tests = ["tests/kernels", "tests/training/test_backends.py"]
+    # Exact search on the GPU, where there are the index's packages too.
+    if all(importlib.util.find_spec(name) is not None for name in ("faiss", "pyarrow", "safetensors")):
+        tests.append("tests/snapshot/test_device_items.py")
+    if not _pytest(*tests):
         print("gpu-check: tests failed; kernels that fail their tests are not timed", file=sys.stderr)
         return 1
     python = [sys.executable, "-m"]

@@ -31,8 +31,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import WrongAnswerError, append_rows, compare, environment, limits, timed
-from benchmarks.kernel_cases import CASES, Case
+from benchmarks.kernel_cases import CASES as _OF_THE_ENCODER
+from benchmarks.kernel_cases import Case
+from benchmarks.topk_cases import topk_cases
 
+_CASES = {**_OF_THE_ENCODER, "topk_scores": topk_cases}
 _RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 # Of the largest element: rounding of inputs to the dtype and of probabilities between two products. Gradients of the
 # bias tables add up most terms.
@@ -147,7 +150,7 @@ def run(
     """Rows of all cases, and what was wrong."""
     rows, wrong = [], []
     for op in ops:
-        for make in CASES[op](device, quick):
+        for make in _CASES[op](device, quick):
             case = make()
             if compiling and "eager" in case.variants:
                 case = _with_compile(case)
@@ -168,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, less than a minute on a CPU")
-    parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--ops", nargs="+", choices=list(_CASES), default=list(_CASES))
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="also torch.compile; default: not with --quick"
     )

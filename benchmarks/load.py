@@ -11,11 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
+
+from retrieval.rpc.errors import DeadlineError, OverloadedError
+from retrieval.rpc.throttle import Throttle
 
 __all__ = ["Generator", "Load", "generator"]
 
@@ -35,7 +38,8 @@ class Load:
     Attributes:
         seconds: from the first call that was due to the last answer.
         latencies: seconds of each answered call.
-        refused: seconds of each call that ended with RESOURCE_EXHAUSTED, from when it was sent.
+        refused: seconds of each call that ended with RESOURCE_EXHAUSTED, from when it was sent or was not.
+        unsent: how many of these a throttle refused.
         codes: failed calls by gRPC status.
         cpu_seconds: of the generator.
     """
@@ -43,6 +47,7 @@ class Load:
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
+    unsent: int = 0
     codes: Counter[str] = field(default_factory=Counter)
     cpu_seconds: float = 0.0
 
@@ -83,9 +88,11 @@ class Generator:
         rate: float,
         seconds: float,
         timeout: float = _TIMEOUT,
+        *,
+        throttled: bool = False,
     ) -> Load:
-        """`rate` calls per second for so long, each with this deadline."""
-        return self._pool.submit(_open, address, method, messages, rate, seconds, timeout).result()
+        """`rate` calls per second for so long, each with this deadline; throttled as our client library does it."""
+        return self._pool.submit(_open, address, method, messages, rate, seconds, timeout, throttled).result()
 
 
 @contextmanager
@@ -117,20 +124,37 @@ async def _measured(
     messages: Sequence[bytes],
     send: Callable[[_Call, float], Awaitable[None]],
     timeout: float = _TIMEOUT,
+    throttle: Throttle | None = None,
 ) -> Load:
     load = Load()
+    counted = throttle.call if throttle is not None else nullcontext
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
         ask = channel.unary_unary(method)
         await channel.channel_ready()
 
+        async def answer(message: bytes) -> None:
+            try:
+                await ask(message, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise OverloadedError(error.details() or "") from None
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise DeadlineError(error.details() or "") from None
+                raise
+
         async def call(number: int, due: float | None) -> None:
             sent = time.perf_counter()
             try:
-                await ask(messages[number % len(messages)], timeout=timeout)
+                with counted():
+                    await answer(messages[number % len(messages)])
+            except OverloadedError as error:
+                load.codes[grpc.StatusCode.RESOURCE_EXHAUSTED.name] += 1
+                load.unsent += error.by_client
+                load.refused.append(time.perf_counter() - sent)
+            except DeadlineError:
+                load.codes[grpc.StatusCode.DEADLINE_EXCEEDED.name] += 1
             except grpc.aio.AioRpcError as error:
                 load.codes[error.code().name] += 1
-                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                    load.refused.append(time.perf_counter() - sent)
             else:
                 load.latencies.append(time.perf_counter() - (sent if due is None else due))
 
@@ -152,7 +176,15 @@ def _closed(address: str, method: str, messages: Sequence[bytes], callers: int, 
     return _run(lambda: _measured(address, method, messages, send))
 
 
-def _open(address: str, method: str, messages: Sequence[bytes], rate: float, seconds: float, timeout: float) -> Load:
+def _open(
+    address: str,
+    method: str,
+    messages: Sequence[bytes],
+    rate: float,
+    seconds: float,
+    timeout: float,
+    throttled: bool,
+) -> Load:
     async def send(call: _Call, begun: float) -> None:
         calls: set[asyncio.Task[None]] = set()
         number = 0
@@ -166,4 +198,4 @@ def _open(address: str, method: str, messages: Sequence[bytes], rate: float, sec
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
         await asyncio.gather(*calls)
 
-    return _run(lambda: _measured(address, method, messages, send, timeout))
+    return _run(lambda: _measured(address, method, messages, send, timeout, Throttle() if throttled else None))

@@ -46,6 +46,7 @@ def _together(loads: Sequence[Load]) -> Load:
         seconds=max(load.seconds for load in loads),
         latencies=[seconds for load in loads for seconds in load.latencies],
         refused=[seconds for load in loads for seconds in load.refused],
+        unsent=sum(load.unsent for load in loads),
         codes=sum((load.codes for load in loads), Counter()),
         cpu_seconds=sum(load.cpu_seconds for load in loads),
     )
@@ -66,10 +67,12 @@ class Clients:
         callers, (address, messages) = _CALLERS // len(self._senders), (self._server.address, self._queries.messages)
         return self._all(lambda sender: sender.closed(address, _METHOD, messages, callers, seconds))
 
-    def open(self, rate: float, seconds: float) -> Load:
+    def open(self, rate: float, seconds: float, *, throttled: bool) -> Load:
         """So many calls per second in all, whatever becomes of them."""
         share, (address, messages) = rate / len(self._senders), (self._server.address, self._queries.messages)
-        return self._all(lambda sender: sender.open(address, _METHOD, messages, share, seconds, _DEADLINE))
+        return self._all(
+            lambda sender: sender.open(address, _METHOD, messages, share, seconds, _DEADLINE, throttled=throttled)
+        )
 
 
 def _server_quantile(before: dict[str, float], after: dict[str, float], share: float) -> float:
@@ -94,13 +97,16 @@ def _row(load: Load, peak: float) -> dict[str, object]:
         "p50_ms": 1000 * load.quantile(0.5),
         "p99_ms": 1000 * load.quantile(0.99),
         "refused_per_s": len(load.refused) / load.seconds,
+        "unsent_per_s": load.unsent / load.seconds,
         "failed_otherwise": other,
         "refusal_p50_ms": float(np.quantile(refused, 0.5)),
         "refusal_p99_ms": float(np.quantile(refused, 0.99)),
     }
 
 
-def measure(folder: Path, items: int, kind: str, times: float, seconds: float) -> list[dict[str, object]]:
+def measure(
+    folder: Path, items: int, kind: str, times: float, seconds: float, *, throttled: bool
+) -> list[dict[str, object]]:
     """Rows of peak, overload and what follows.
 
     Raises:
@@ -128,17 +134,18 @@ def measure(folder: Path, items: int, kind: str, times: float, seconds: float) -
         threading.Thread(target=watch).start()
         first = clients.peak(min(10.0, seconds))
         peak, before, cpu = first.rate, server.metrics(), server.cpu_seconds
-        over = clients.open(times * peak, seconds)
+        over = clients.open(times * peak, seconds, throttled=throttled)
         busy, after = (server.cpu_seconds - cpu) / over.seconds, server.metrics()
         begun = time.monotonic()
-        later = clients.open(_SHARE_AFTER * peak, min(10.0, seconds))
+        later = clients.open(_SHARE_AFTER * peak, min(10.0, seconds), throttled=throttled)
         assert time.monotonic() - begun < 2 * min(10.0, seconds) + 5
         server.wait_until_idle()
         done.set()
     series.write(folder / "overload.csv")
     at_server = {"server_refusal_p99_ms": 1000 * _server_quantile(before, after, 0.99), "server_cores_busy": busy}
     nothing = dict.fromkeys(at_server, math.nan)
-    head = {"query": kind, "items": items, "clients": _CLIENTS, "times": times, "seconds": seconds}
+    head = {"query": kind, "items": items, "clients": _CLIENTS, "throttled": throttled, "times": times}
+    head["seconds"] = seconds
     return [
         head | {"load": name, **_row(load, peak), **(at_server if load is over else nothing), **series.summary()}
         for name, load in (("peak", first), ("overload", over), ("after", later))
@@ -152,6 +159,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=3.0, help="of the peak")
     parser.add_argument("--queries", choices=["history", "embedding"], default="history")
     parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--bare", action="store_true", help="clients without our library's throttle")
     parser.add_argument("--folder", type=Path, help="where log and series stay (default: nowhere)")
     parser.add_argument("--quick", action="store_true", help="appends nothing")
     parser.add_argument("--note", default="", help="kept in the table")
@@ -160,7 +168,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = parsed.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = measure(folder, parsed.items, parsed.queries, parsed.times, parsed.seconds)
+        rows = measure(folder, parsed.items, parsed.queries, parsed.times, parsed.seconds, throttled=not parsed.bare)
     for row in rows:
         print(
             *(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items())

@@ -20,7 +20,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "training": ("data", "kernels", "encoder"),
     "index": (),
     "evaluation": ("data", "index"),
-    "snapshot": ("index", "encoder.checkpoint", "encoder.inference", "encoder.protocol", "data.vocabulary"),
+    "snapshot": (
+        "index",
+        "kernels.backend",
+        "kernels.topk_scores",
+        "encoder.checkpoint",
+        "encoder.inference",
+        "encoder.protocol",
+        "data.vocabulary",
+    ),
     "histories": ("data",),
     "jobs": ("data", "kernels", "encoder", "training", "index", "evaluation", "snapshot", "histories"),
     "rpc": (

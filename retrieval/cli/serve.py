@@ -1,6 +1,7 @@
 """`retrieval serve`: answer `Retrieve` calls from a registry's live snapshot."""
 
 import argparse
+import os
 from pathlib import Path
 
 from retrieval.cli.console import OUT
@@ -65,6 +66,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(parsed: argparse.Namespace) -> None:
     """Serve until told to stop."""
+    if parsed.log_format == "json":
+        # Before gRPC is imported: its core writes lines of its own, of callers' faults, which no parser of JSON takes.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from retrieval.rpc.logs import set_up_logs
     from retrieval.rpc.server import ServerConfig, run_server
 

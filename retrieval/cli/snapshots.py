@@ -22,7 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("show", _show, "manifest of a version"),
         ("verify", _verify, "check every byte of a version against its manifest"),
         ("rollback", _rollback, "make the version before the live one (or the one named) live"),
-        ("prune", _prune, "remove all but the newest versions and the live one"),
+        ("prune", _prune, "remove what is older than the newest versions and than the live one"),
     ):
         action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         action.add_argument("registry", metavar="REGISTRY", help=REGISTRY_HELP)

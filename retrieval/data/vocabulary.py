@@ -109,6 +109,19 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def check_unique(self) -> None:
+        """Whether each id stands in one row.
+
+        Raises:
+            DataError: one does not.
+        """
+        order = pc.sort_indices(self.ids)
+        ordered = self.ids.take(order)
+        equal = np.flatnonzero(pc.equal(ordered[:-1], ordered[1:]).to_numpy(zero_copy_only=False))
+        if len(equal):
+            first, second = sorted(order.take(pa.array([equal[0], equal[0] + 1])).to_pylist())
+            raise DataError(f"vocabulary: id {ordered[int(equal[0])].as_py()!r} stands in rows {first} and {second}")
+
     @property
     def has_string_ids(self) -> bool:
         """Whether ids are strings (else 64-bit integers)."""

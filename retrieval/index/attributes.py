@@ -191,6 +191,11 @@ class Attributes:
         return {name: column.type for name, column in self._columns.items()}
 
     @property
+    def kinds(self) -> dict[str, tuple[str, bool]]:
+        """By attribute: a key of `_KINDS`, or "" where values cannot be compared; whether an item may have several."""
+        return {name: (_kind_of(self._type_of(name)) or "", _is_list(type_)) for name, type_ in self.types.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the compiled filters that are held."""
         return self._held

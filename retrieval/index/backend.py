@@ -155,6 +155,10 @@ class FaissBackend:
         """As the protocol says."""
         write_faiss(self._index, path)
 
+    def moved(self, resources: Any, device: int) -> faiss.Index:
+        """A copy of the index on a GPU; RuntimeError where it does not run there."""
+        return _FAISS.index_cpu_to_gpu(resources, device, self._index)
+
     def search(
         self,
         queries: NDArray[np.float32],

@@ -7,9 +7,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.errors import ConfigError, SnapshotCorruptError
+from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
 from retrieval.index.backend import FaissBackend, Index, faiss_reason
 from retrieval.index.codes_backend import CodesBackend
+from retrieval.index.faiss_gpu import cagra_degree, cagra_index
 from retrieval.index.lists import Report, build_lists, check_finite, load_lists
 from retrieval.index.spec import IndexSpec
 
@@ -40,8 +41,10 @@ def build_index(
 
     Raises:
         ConfigError: the factory string or a search parameter is not known, or items are too few.
-        InputError: an embedding is not finite.
+        InputError: an embedding is not finite, or they are no table.
     """
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise InputError(f"embeddings of shape {vectors.shape} are not a row of numbers for each item")
     check_finite(vectors)
     if spec.factory == "Flat":
         return CodesBackend(vectors, spec)
@@ -49,7 +52,10 @@ def build_index(
     if spec.lists is not None:
         return CodesBackend(vectors, spec, build_lists(vectors, spec.lists, work=work, report=report))
     vectors = np.ascontiguousarray(vectors, np.float32)
+    degree = cagra_degree(spec.factory)
     try:
+        if degree is not None:
+            return FaissBackend(cagra_index(vectors, degree), vectors, spec)
         index = faiss.index_factory(vectors.shape[1], spec.factory, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
         for start in range(0, len(vectors), _ADDED):

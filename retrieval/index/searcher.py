@@ -104,6 +104,11 @@ class Searcher:
         """D of the embeddings."""
         return self._backend.width
 
+    @property
+    def filterable(self) -> dict[str, tuple[str, bool]]:
+        """What filters can ask about: `Attributes.kinds`."""
+        return self._indexed.attributes.kinds if self._indexed.attributes is not None else {}
+
     def check(self, filter_: Filter) -> None:
         """Whether a filter can be asked of the items.
 

@@ -17,7 +17,8 @@ class IndexSpec(Config):
 
     Attributes:
         factory: "Flat" searches exactly. "IVF1024,Int8" looks into the nearest of 1024 lists, by 8-bit codes that lose
-            nothing (`codes`). Anything else is a Faiss factory string, e.g. "IVF1024,Flat" or "HNSW32".
+            nothing (`codes`). "CAGRA64" is a graph of 64 neighbours an item, built on a GPU. Anything else is a Faiss
+            factory string, e.g. "IVF1024,Flat" or "HNSW32".
         search: search-time parameters, e.g. {"nprobe": 64} or, of Faiss's, {"efSearch": 200}.
     """
 

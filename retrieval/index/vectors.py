@@ -72,7 +72,8 @@ def arrow_batches(path: Path, column: str) -> Iterator[pa.RecordBatch]:
     """
     try:
         if path.suffix == ".parquet":
-            parquet = pq.ParquetFile(path)
+            # Mapped: read otherwise, pages of all row groups would stay in memory.
+            parquet = pq.ParquetFile(path, memory_map=True)
             _check_column(path, column, parquet.schema_arrow)
             yield from parquet.iter_batches(columns=[column])
             return

@@ -37,6 +37,7 @@ from retrieval.rpc.requests import (
     StoredUser,
 )
 from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
+from retrieval.rpc.throttle import Throttle
 
 __all__ = ["AsyncRetrievalClient"]
 
@@ -56,8 +57,12 @@ class AsyncRetrievalClient(AsyncConnection):
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
+        throttle: bool = True,
     ) -> None:
         super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
+        # What a server has room for: calls that are answered, and calls that record.
+        self._answering = Throttle() if throttle else None
+        self._recording = Throttle() if throttle else None
         self._retrieve = self._described(_METHODS["Retrieve"])
         self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
         self._embed_users = self._described(_METHODS["EmbedUsers"])
@@ -85,13 +90,14 @@ class AsyncRetrievalClient(AsyncConnection):
         message = retrieve_message(
             user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action, exact, debug
         )
-        return retrieved_from(await self._call(self._retrieve, message, timeout))
+        return retrieved_from(await self._call(self._retrieve, message, timeout, self._answering))
 
     async def batch_retrieve(
         self, requests: Sequence[RetrieveRequest], *, timeout: float | None = None
     ) -> list[Retrieved | RetrievalError]:
         """As `RetrievalClient.batch_retrieve`."""
-        return batch_from(await self._call(self._batch_retrieve, batch_request_to(requests), timeout))
+        message = batch_request_to(requests)
+        return batch_from(await self._call(self._batch_retrieve, message, timeout, self._answering, len(requests)))
 
     async def embed_users(
         self,
@@ -103,12 +109,12 @@ class AsyncRetrievalClient(AsyncConnection):
     ) -> Embedded:
         """As `RetrievalClient.embed_users`."""
         message = embed_request_to(EmbedRequest(users=users, request_time=request_time, action=action))
-        return embedded_from(await self._call(self._embed_users, message, timeout))
+        return embedded_from(await self._call(self._embed_users, message, timeout, self._answering))
 
     async def record_events(self, events: Sequence[Event], *, timeout: float | None = None) -> Recorded:
         """As `RetrievalClient.record_events`."""
         message = record_request_to(RecordRequest(events=events))
-        return recorded_from(await self._call(self._record_events, message, timeout))
+        return recorded_from(await self._call(self._record_events, message, timeout, self._recording))
 
     async def serving_state(self, *, timeout: float | None = None) -> ServingState:
         """As `RetrievalClient.serving_state`."""

@@ -30,6 +30,7 @@ from retrieval.rpc.convert import (
 from retrieval.rpc.convert_record import record_request_to, recorded_from
 from retrieval.rpc.errors import UnavailableError
 from retrieval.rpc.requests import (
+    Attribute,
     Debug,
     Embedded,
     Embedding,
@@ -46,10 +47,12 @@ from retrieval.rpc.requests import (
     StoredUser,
 )
 from retrieval.rpc.standard import HEALTH_CHECK, SERVING, HealthCheckRequest, HealthCheckResponse
+from retrieval.rpc.throttle import Throttle
 
 __all__ = [
     "SERVICE",
     "SERVICE_CONFIG",
+    "Attribute",
     "Debug",
     "Embedded",
     "Embedding",
@@ -132,7 +135,8 @@ class RetrievalClient(Connection):
     - `HistoryStoreError`: the server's store of histories cannot be read or written at the moment
     - `VersionNotLoadedError`: the live snapshot is not the required one
     - `NoSnapshotError`: the server has no snapshot yet; `UnavailableError`: no server answers
-    - `OverloadedError`: the server has more calls in hand than it takes
+    - `OverloadedError`: the server has more calls in hand than it takes; with `by_client`, the client knows that from
+      refusals of late and has not sent the call
     - `UnauthenticatedError`: the server asks for a token, and this one's is missing or unknown
     - `DeadlineError`: no answer came in time
     - `ServerFaultError`: anything else
@@ -143,6 +147,7 @@ class RetrievalClient(Connection):
         timeout: seconds that a call may take unless it says otherwise.
         credentials: `grpc.ssl_channel_credentials(root, key, certificate)` for a server with TLS; None is in the clear.
         token: bearer token, for a server that asks for one.
+        throttle: whether to refuse calls here while the server refuses them (`rpc.throttle`).
     """
 
     def __init__(
@@ -152,8 +157,12 @@ class RetrievalClient(Connection):
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
+        throttle: bool = True,
     ) -> None:
         super().__init__(address, timeout, credentials, token, SERVICE_CONFIG)
+        # What a server has room for: calls that are answered, and calls that record.
+        self._answering = Throttle() if throttle else None
+        self._recording = Throttle() if throttle else None
         self._retrieve = self._described(_METHODS["Retrieve"])
         self._batch_retrieve = self._described(_METHODS["BatchRetrieve"])
         self._embed_users = self._described(_METHODS["EmbedUsers"])
@@ -200,7 +209,7 @@ class RetrievalClient(Connection):
         message = retrieve_message(
             user, k, request_time, exclude, exclude_seen, include_titles, filter, required_version, action, exact, debug
         )
-        return retrieved_from(self._call(self._retrieve, message, timeout))
+        return retrieved_from(self._call(self._retrieve, message, timeout, self._answering))
 
     def batch_retrieve(
         self, requests: Sequence[RetrieveRequest], *, timeout: float | None = None
@@ -217,7 +226,8 @@ class RetrievalClient(Connection):
         Raises:
             RetrievalError: see the class; of the call as a whole.
         """
-        return batch_from(self._call(self._batch_retrieve, batch_request_to(requests), timeout))
+        message = batch_request_to(requests)
+        return batch_from(self._call(self._batch_retrieve, message, timeout, self._answering, len(requests)))
 
     def embed_users(
         self,
@@ -239,7 +249,7 @@ class RetrievalClient(Connection):
             RetrievalError: see the class.
         """
         message = embed_request_to(EmbedRequest(users=users, request_time=request_time, action=action))
-        return embedded_from(self._call(self._embed_users, message, timeout))
+        return embedded_from(self._call(self._embed_users, message, timeout, self._answering))
 
     def record_events(self, events: Sequence[Event], *, timeout: float | None = None) -> Recorded:
         """Add events to stored histories. They are durable when this returns, and count from the next call on.
@@ -254,7 +264,7 @@ class RetrievalClient(Connection):
             RetrievalError: see the class. Any of the events may have been recorded.
         """
         message = record_request_to(RecordRequest(events=events))
-        return recorded_from(self._call(self._record_events, message, timeout))
+        return recorded_from(self._call(self._record_events, message, timeout, self._recording))
 
     def serving_state(self, *, timeout: float | None = None) -> ServingState:
         """What the server serves at this moment.

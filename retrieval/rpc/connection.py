@@ -1,6 +1,7 @@
 """Connections of clients: what all of their calls have in common. Loads no more than `rpc.client`."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 
 from retrieval.rpc.status import error_of
+from retrieval.rpc.throttle import Throttle
 
 __all__ = ["AsyncConnection", "Connection"]
 
@@ -55,12 +57,21 @@ class Connection:
         )
         return method
 
-    def _call(self, method: Callable[..., Any], message: Any, timeout: float | None) -> Any:
+    def _call(
+        self,
+        method: Callable[..., Any],
+        message: Any,
+        timeout: float | None,
+        throttle: Throttle | None = None,
+        calls: int = 1,
+    ) -> Any:
+        """Send a message and wait for the answer; it counts as so many calls of a throttle."""
         seconds = timeout if timeout is not None else self._timeout
-        try:
-            return method(message, timeout=seconds, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise error_of(error, self._address, seconds) from None
+        with _counted(throttle, calls):
+            try:
+                return method(message, timeout=seconds, metadata=self._metadata)
+            except grpc.RpcError as error:
+                raise error_of(error, self._address, seconds) from None
 
     def __enter__(self) -> Self:
         return self
@@ -103,12 +114,20 @@ class AsyncConnection:
         )
         return method
 
-    async def _call(self, method: Callable[..., Awaitable[Any]], message: Any, timeout: float | None) -> Any:
+    async def _call(
+        self,
+        method: Callable[..., Awaitable[Any]],
+        message: Any,
+        timeout: float | None,
+        throttle: Throttle | None = None,
+        calls: int = 1,
+    ) -> Any:
         seconds = timeout if timeout is not None else self._timeout
-        try:
-            return await method(message, timeout=seconds, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error, self._address, seconds) from None
+        with _counted(throttle, calls):
+            try:
+                return await method(message, timeout=seconds, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                raise error_of(error, self._address, seconds) from None
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,6 +140,10 @@ class AsyncConnection:
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
         await self._channel.close()
+
+
+def _counted(throttle: Throttle | None, calls: int) -> AbstractContextManager[None]:
+    return throttle.call(calls) if throttle is not None else nullcontext()
 
 
 def _options(service_config: str | None) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from retrieval.rpc.convert_filter import filter_from_message, filter_to
 from retrieval.rpc.errors import ServerFaultError
 from retrieval.rpc.fields import set_field
 from retrieval.rpc.requests import (
+    Attribute,
     Debug,
     Embedded,
     Embedding,
@@ -56,6 +57,14 @@ _PLANS = {
 }
 _PLAN_OF = {number: plan for plan, number in _PLANS.items()}
 _SOURCE_OF = {number: source for source, number in _SOURCES.items()}
+_VALUE_KINDS = {
+    "": pb.VALUE_KIND_UNSPECIFIED,
+    "text": pb.VALUE_KIND_TEXT,
+    "integers": pb.VALUE_KIND_INTEGER,
+    "numbers": pb.VALUE_KIND_NUMBER,
+    "true or false": pb.VALUE_KIND_BOOLEAN,
+    "moments": pb.VALUE_KIND_MOMENT,
+}
 _STAGES = ("decode", "queue", "encode", "search")
 _NUMBER, _TEXT = "an integer of its range", "text"
 
@@ -385,11 +394,17 @@ def state_to(state: ServingState) -> pb.GetServingStateResponse:
         query_actions=state.query_actions,
         max_k=state.max_k,
         max_batch=state.max_batch,
+        attributes=[
+            pb.Attribute(name=one.name, values=_VALUE_KINDS[one.values], several=one.several)
+            for one in state.attributes
+        ],
     )
 
 
 def state_from(message: pb.GetServingStateResponse) -> ServingState:
     """A message as a state."""
+    # A newer server may know further ones.
+    kinds = {kind: name for name, kind in _VALUE_KINDS.items()}
     return ServingState(
         snapshot_version=message.snapshot_version,
         created=message.created,
@@ -407,4 +422,5 @@ def state_from(message: pb.GetServingStateResponse) -> ServingState:
         query_actions=message.query_actions,
         max_k=message.max_k,
         max_batch=message.max_batch,
+        attributes=tuple(Attribute(one.name, kinds.get(one.values, ""), one.several) for one in message.attributes),
     )

@@ -30,11 +30,12 @@ class OverloadedError(RetrievalError):
 
     Attributes:
         retry_seconds: after how long, as far as the server knows; None if it does not.
+        by_client: whether the client refused the call by itself and sent nothing.
     """
 
-    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+    def __init__(self, message: str, retry_seconds: float | None = None, *, by_client: bool = False) -> None:
         super().__init__(message)
-        self.retry_seconds = retry_seconds
+        self.retry_seconds, self.by_client = retry_seconds, by_client
 
 
 class DeadlineError(RetrievalError):

@@ -11,6 +11,7 @@ from retrieval.histories.event import Event
 from retrieval.index.filter import Filter
 
 __all__ = [
+    "Attribute",
     "Debug",
     "EmbedRequest",
     "Embedded",
@@ -237,6 +238,22 @@ class Recorded:
     unknown_items: int
 
 
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """An attribute of the catalogue's items, by which answers can be filtered.
+
+    Attributes:
+        name: as filters call it.
+        values: "text", "integers", "numbers", "true or false" or "moments"; "" where filters compare none, and can ask
+            whether it is missing.
+        several: whether an item may have several values.
+    """
+
+    name: str
+    values: str
+    several: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingState:
     """What a server serves.
@@ -258,6 +275,7 @@ class ServingState:
         index: the index, for people.
         ann_recall: recall@100 of the index against exact search, measured at publishing.
         stored_users: whether the server holds histories.
+        attributes: what filters can ask about.
     """
 
     snapshot_version: str
@@ -276,3 +294,4 @@ class ServingState:
     query_actions: bool = False
     max_k: int = 0
     max_batch: int = 0
+    attributes: tuple[Attribute, ...] = ()

@@ -39,6 +39,7 @@ from retrieval.rpc.convert_record import record_request_from, recorded_to
 from retrieval.rpc.errors import OverloadedError
 from retrieval.rpc.handler import Method, handlers_of, parsed
 from retrieval.rpc.health import Health
+from retrieval.rpc.loop import new_event_loop
 from retrieval.rpc.metrics import Metrics
 from retrieval.rpc.port import Port
 from retrieval.rpc.prepare import Limits, PreparedRetrieve
@@ -372,15 +373,6 @@ async def _serve(
             await server.stop()
 
 
-def _new_event_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        # Not made for Windows.
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 def run_server(
     config: ServerConfig, histories: HistoryStore | None = None, on_ready: Callable[[str], None] | None = None
 ) -> None:
@@ -416,7 +408,7 @@ def run_server(
 
         await _serve(config, histories, stop, ready)
 
-    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve())
 
 
@@ -436,7 +428,7 @@ def running_server(config: ServerConfig, histories: HistoryStore | None = None) 
 
     def run() -> None:
         try:
-            with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(serve())
         except BaseException as error:
             if started.done():

@@ -10,7 +10,7 @@ from retrieval.data.sequences import gather_histories
 from retrieval.encoder.inference import as_read, embed_users
 from retrieval.errors import SnapshotCorruptError
 from retrieval.histories.store import Series
-from retrieval.rpc.requests import ServingState
+from retrieval.rpc.requests import Attribute, ServingState
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch, SideRows
 
@@ -151,4 +151,5 @@ class ServingSnapshot:
             query_actions=self.snapshot.encoder.config.query_actions,
             max_k=max_k,
             max_batch=max_batch,
+            attributes=tuple(Attribute(name, *kind) for name, kind in self.snapshot.searcher.filterable.items()),
         )

@@ -44,7 +44,7 @@ class _Pointer(Config):
         version: the live version.
         switches: how often it was changed. No two states of CURRENT are thus equal, and a rebuild notices that another
             version was live and is no more.
-        oldest: number below which versions, but the live one, are removed or about to be; none of them becomes live.
+        oldest: number below which versions are removed or about to be; none of them becomes live.
     """
 
     version: str
@@ -191,10 +191,11 @@ class Registry:
             return version
 
     def prune(self, keep: int) -> list[str]:
-        """Remove all but the newest `keep` versions and the live one; return what was removed, oldest first.
+        """Remove what is older than the newest `keep` versions and than the live one; return it, oldest first.
 
-        A version that a process of this machine is opening stays until the next time. A server that has loaded a
-        version does not need it any more; one that is copying it while it is removed keeps what it serves.
+        After a rollback thus everything from the live version on stays, until a newer one is live. A version that a
+        process of this machine is opening stays until the next time. A server that has loaded a version does not need
+        it any more; one that is copying it while it is removed keeps what it serves.
 
         Raises:
             RegistryBusyError: another rebuild is at work.
@@ -207,9 +208,10 @@ class Registry:
             versions = self.versions()
             if len(versions) <= keep:
                 return []
-            live = self._retire(version_number(versions[-keep]))
+            oldest = self._retire(version_number(versions[-keep]))
             grant.confirm()
-            return [version for version in versions[:-keep] if version != live and self._storage.remove(version)]
+            old = [version for version in versions[:-keep] if version_number(version) < oldest]
+            return [version for version in old if self._storage.remove(version)]
 
     def previous(self) -> str:
         """Name of the newest version before the live one.
@@ -249,18 +251,23 @@ class Registry:
         self._replace(switched, content)
         return switched
 
-    def _retire(self, oldest: int) -> str | None:
-        """Let no version below a number become live any more; return the live one."""
+    def _retire(self, oldest: int) -> int:
+        """Let no version below a number, or below the live one's if that is less, become live any more; return it."""
         while True:
             pointer, content = self._pointer()
-            if pointer is None or pointer.oldest >= oldest:
-                return pointer.version if pointer is not None else None
+            if pointer is None:
+                return oldest
+            # What lies between the live version and the newest ones is kept, since a version that is there and cannot
+            # become live helps nobody.
+            safe = min(oldest, version_number(pointer.version))
+            if pointer.oldest >= safe:
+                return safe
             try:
-                self._replace(pointer.model_copy(update={"oldest": oldest}), content)
+                self._replace(pointer.model_copy(update={"oldest": safe}), content)
             except SnapshotConflictError:
                 # Somebody rolled back just now: perhaps to what was about to go.
                 continue
-            return pointer.version
+            return safe
 
     def _replace(self, pointer: _Pointer, content: bytes | None) -> None:
         self._storage.replace_pointer(pointer.model_dump_json().encode() + b"\n", instead_of=content)

@@ -26,8 +26,10 @@ from retrieval.files import locked, sha256_of
 from retrieval.index.attributes import Attributes
 from retrieval.index.backend import Index, IndexBackend
 from retrieval.index.builder import open_index, score_error
+from retrieval.index.device_backend import DeviceBackend
 from retrieval.index.partial import PartialBackend
 from retrieval.index.searcher import Searcher
+from retrieval.snapshot.device_items import DeviceItems
 from retrieval.snapshot.manifest import (
     MANIFEST,
     SNAPSHOT_FORMAT,
@@ -93,7 +95,9 @@ def write_snapshot(
 
     Raises:
         SnapshotCorruptError: encoder, vocabulary and index do not belong together.
+        DataError: two items have one id.
     """
+    vocabulary.check_unique()
     _check_together(folder, vocabulary, info, index.count)
     answers = np.flatnonzero(served_rows(vocabulary))
     off = score_error(index, lambda rows: item_vectors(encoder, answers[rows]))
@@ -139,6 +143,8 @@ def write_snapshot(
 def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
     """Verify every byte of a snapshot, then load it.
 
+    On a CUDA device an exact index is searched there; others are searched on the CPU.
+
     Raises:
         SnapshotError: the folder holds no snapshot, or one of another format.
         SnapshotCorruptError: a file is missing, foreign or damaged, or the parts do not belong together.
@@ -157,7 +163,10 @@ def open_snapshot(folder: Path, device: torch.device | str = "cpu") -> Snapshot:
             if (len(vocabulary), expired, width, info.weights_sha256, vocabulary.fingerprint) != promised:
                 raise SnapshotCorruptError(f"{folder}: encoder and vocabulary are not those of the manifest")
             vectors = item_vectors(encoder)
-            index = open_index(folder / manifest.index.file, manifest.index, _answers(vectors, vocabulary))
+            answers = _answers(vectors, vocabulary)
+            index: IndexBackend = open_index(folder / manifest.index.file, manifest.index, answers)
+            if torch.device(device).type == "cuda" and manifest.index.factory == "Flat":
+                index = DeviceBackend(DeviceItems(answers, device), answers)
         except InputError as error:
             # Of whoever wrote it; here it is not the user's.
             raise SnapshotCorruptError(str(error)) from None

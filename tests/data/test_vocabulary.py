@@ -77,6 +77,14 @@ def test_a_vocabulary_refuses_other_ids_and_uneven_attributes() -> None:
         Vocabulary(pa.array([1]), {"title": pa.array(["a", "b"])})
 
 
+@pytest.mark.parametrize("ids", [[5, 2**62, 7, -1, 2**62], ["b", "ü", "a", "c", "ü"]])
+def test_two_items_of_one_id_are_named(ids: list[Any]) -> None:
+    Vocabulary(pa.array(ids[:4])).check_unique()
+    Vocabulary(pa.array(ids)[:0]).check_unique()
+    with pytest.raises(DataError, match=f"id {ids[1]!r} stands in rows 1 and 4"):
+        Vocabulary(pa.array(ids)).check_unique()
+
+
 def test_files_that_are_no_vocabularies_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.arrow"
     with pytest.raises(DataError, match=r"vocabulary\.arrow: is missing"):

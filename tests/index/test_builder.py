@@ -34,6 +34,25 @@ def test_embeddings_that_are_not_finite_are_refused(value: float) -> None:
         build_index(broken, IndexSpec())
 
 
+@pytest.mark.parametrize("shape", [(8,), (8, 0), (2, 2, 2)])
+def test_what_is_no_table_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="are not a row of numbers for each item"):
+        build_index(np.zeros(shape, np.float32), IndexSpec())
+
+
+@pytest.mark.parametrize("spec", [IndexSpec(), IndexSpec(factory="IVF1,Int8")])
+def test_few_items_zeros_and_copies_are_ordinary(spec: IndexSpec) -> None:
+    vectors = np.zeros((3, 4), np.float32)
+    vectors[1:, 0] = 1
+    found = build_index(vectors, spec).search(np.eye(4, dtype=np.float32)[:2], 5)
+    assert found.rows.tolist() == [[1, 2, 0, -1, -1], [0, 1, 2, -1, -1]]
+
+
+def test_no_items_give_no_answers() -> None:
+    found = build_index(np.zeros((0, 4), np.float32), IndexSpec()).search(np.ones((1, 4), np.float32), 2)
+    assert found.rows.tolist() == [[-1, -1]]
+
+
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,Int8", "IVF2,Flat"])
 def test_a_written_index_answers_as_before(tmp_path: Path, factory: str) -> None:
     spec = IndexSpec(factory=factory, search={} if factory == "Flat" else {"nprobe": 2})

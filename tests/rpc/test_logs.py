@@ -11,6 +11,7 @@ import pytest
 
 from retrieval.rpc.logs import request_id_of
 from retrieval.rpc.server import ServerConfig, running_server
+from tests.rpc import http2
 from tests.rpc.world import World
 
 STATE, RETRIEVE = (f"/retrieval.v1.RetrievalService/{method}" for method in ("GetServingState", "Retrieve"))
@@ -58,6 +59,8 @@ def test_every_log_line_of_a_call_is_json_with_its_id(integer_world: World) -> N
         address = process.stdout.readline().split()[-1]
         with grpc.insecure_channel(address) as channel:
             channel.unary_unary(STATE)(b"", metadata=(("x-request-id", "one-of-ours"),), timeout=10)
+        # Of which gRPC's core would write lines of its own.
+        http2.attack(address, http2.call(STATE, b"", (b"grpc-timeout", b"xS")))
         process.terminate()
         _, log = process.communicate(timeout=30)
     lines = [json.loads(line) for line in log.splitlines()]

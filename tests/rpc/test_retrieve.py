@@ -195,6 +195,8 @@ def test_the_serving_state_describes_the_snapshot(world: World, client: Retrieva
     assert state.actions == ("like", "skip")
     assert state.index == "Flat"
     assert state.stored_users
+    kinds = {one.name: (one.values, one.several) for one in state.attributes}
+    assert kinds == {"title": ("text", False), "events": ("integers", False), "popularity": ("numbers", False)}
 
 
 def test_two_hundred_concurrent_calls_are_all_answered_right(world: World, client: RetrievalClient) -> None:

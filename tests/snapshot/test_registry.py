@@ -22,6 +22,7 @@ from retrieval.errors import (
     RegistryBusyError,
     SnapshotConflictError,
     SnapshotError,
+    UnknownVersionError,
 )
 from retrieval.files import locked
 from retrieval.snapshot.manifest import MANIFEST, verify_files, version_number
@@ -170,20 +171,37 @@ def test_a_pointer_that_makes_no_sense_is_refused(registry: Registry, content: b
         registry.current()
 
 
-def test_pruning_keeps_the_newest_and_the_live_one(registry: Registry) -> None:
+def test_pruning_keeps_the_newest_and_whatever_is_not_older_than_the_live_one(registry: Registry) -> None:
     versions = registry.versions() + [publish(registry, seed) for seed in range(1, 5)]
     registry.activate(versions[1])
-    assert registry.prune(2) == [versions[0], versions[2]]
-    assert registry.versions() == [versions[1], *versions[3:]]
+    assert registry.prune(2) == [versions[0]]
+    assert registry.versions() == versions[1:]
     assert registry.prune(2) == []
     open_snapshot(registry.folder(registry.current()))
-    registry.activate(versions[4])
-    with pytest.raises(SnapshotError, match=f"{versions[1]} is being removed"):
-        registry.activate(versions[1])
-    assert registry.prune(2) == [versions[1]]
+    # Whatever is there can become live.
+    for version in (*versions[2:], versions[1], versions[4]):
+        registry.activate(version)
+    assert registry.prune(2) == versions[1:3]
+    assert registry.prune(2) == []
     with pytest.raises(InputError, match="keep: must be at least 1"):
         registry.prune(0)
-    assert publish(registry, seed=9).startswith("00000")
+    assert version_number(publish(registry, seed=9)) > version_number(versions[4])
+
+
+def test_what_is_being_pruned_does_not_become_live(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = registry.current(), publish(registry, seed=1)
+    remove, refused = registry._storage.remove, []
+
+    def race(version: str) -> bool:
+        with pytest.raises(UnknownVersionError, match=f"{first} is being removed") as caught:
+            registry.activate(first)
+        refused.append(caught)
+        return remove(version)
+
+    monkeypatch.setattr(registry._storage, "remove", race)
+    assert registry.prune(1) == [first]
+    assert len(refused) == 1
+    assert registry.current() == second
 
 
 # Moto's server compares and writes in two steps; the store in memory does it in one, as S3 does.

@@ -22,6 +22,15 @@ class IdKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ID_KIND_UNSPECIFIED: _ClassVar[IdKind]
     ID_KIND_INTEGER: _ClassVar[IdKind]
     ID_KIND_STRING: _ClassVar[IdKind]
+
+class ValueKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VALUE_KIND_UNSPECIFIED: _ClassVar[ValueKind]
+    VALUE_KIND_TEXT: _ClassVar[ValueKind]
+    VALUE_KIND_INTEGER: _ClassVar[ValueKind]
+    VALUE_KIND_NUMBER: _ClassVar[ValueKind]
+    VALUE_KIND_BOOLEAN: _ClassVar[ValueKind]
+    VALUE_KIND_MOMENT: _ClassVar[ValueKind]
 SOURCE_UNSPECIFIED: Source
 SOURCE_MODEL: Source
 SOURCE_POPULARITY: Source
@@ -29,6 +38,12 @@ SOURCE_CONTEXT: Source
 ID_KIND_UNSPECIFIED: IdKind
 ID_KIND_INTEGER: IdKind
 ID_KIND_STRING: IdKind
+VALUE_KIND_UNSPECIFIED: ValueKind
+VALUE_KIND_TEXT: ValueKind
+VALUE_KIND_INTEGER: ValueKind
+VALUE_KIND_NUMBER: ValueKind
+VALUE_KIND_BOOLEAN: ValueKind
+VALUE_KIND_MOMENT: ValueKind
 
 class ItemIds(_message.Message):
     __slots__ = ("integers", "strings")
@@ -369,8 +384,18 @@ class GetServingStateRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Attribute(_message.Message):
+    __slots__ = ("name", "values", "several")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    SEVERAL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: ValueKind
+    several: bool
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[_Union[ValueKind, str]] = ..., several: _Optional[bool] = ...) -> None: ...
+
 class GetServingStateResponse(_message.Message):
-    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users", "context", "auxiliary", "query_actions", "max_k", "max_batch")
+    __slots__ = ("snapshot_version", "created", "dataset", "items", "item_ids", "width", "max_length", "actions", "index", "ann_recall", "stored_users", "context", "auxiliary", "query_actions", "max_k", "max_batch", "attributes")
     SNAPSHOT_VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
@@ -387,6 +412,7 @@ class GetServingStateResponse(_message.Message):
     QUERY_ACTIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     snapshot_version: str
     created: str
     dataset: str
@@ -403,4 +429,5 @@ class GetServingStateResponse(_message.Message):
     query_actions: bool
     max_k: int
     max_batch: int
-    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ..., context: _Optional[_Iterable[str]] = ..., auxiliary: _Optional[_Iterable[str]] = ..., query_actions: _Optional[bool] = ..., max_k: _Optional[int] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    attributes: _containers.RepeatedCompositeFieldContainer[Attribute]
+    def __init__(self, snapshot_version: _Optional[str] = ..., created: _Optional[str] = ..., dataset: _Optional[str] = ..., items: _Optional[int] = ..., item_ids: _Optional[_Union[IdKind, str]] = ..., width: _Optional[int] = ..., max_length: _Optional[int] = ..., actions: _Optional[_Iterable[str]] = ..., index: _Optional[str] = ..., ann_recall: _Optional[float] = ..., stored_users: _Optional[bool] = ..., context: _Optional[_Iterable[str]] = ..., auxiliary: _Optional[_Iterable[str]] = ..., query_actions: _Optional[bool] = ..., max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., attributes: _Optional[_Iterable[_Union[Attribute, _Mapping]]] = ...) -> None: ...
