@@ -210,7 +210,7 @@ def _evaluate(
     parsed: argparse.Namespace, days: list[Path], night: int, chains: dict[str, _Chain]
 ) -> list[dict[str, object]]:
     folder = parsed.work / "tomorrow"
-    dataset = read_clicks(_log(parsed.work / "tomorrow-log", days), folder, replace=folder.exists())
+    dataset = read_clicks(_log(parsed.work / f"tomorrow-{night}", days), folder, replace=folder.exists())
     midnight = first_time(days[-1])
     split = split_dataset(dataset, SplitInfo(protocol="global-time", time=midnight))
     snapshots = {name: chain.snapshot(night) for name, chain in chains.items()}
