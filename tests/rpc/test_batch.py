@@ -132,7 +132,8 @@ def test_a_value_that_cannot_be_sent_is_named_with_its_place(client: RetrievalCl
 def test_a_call_counts_as_many_calls_as_it_has_requests(integer_world: World, gate: Gate) -> None:
     config = ServerConfig(registry=integer_world.registry.location, port=0, capacity=5)
     one = RetrieveRequest(user=integer_world.history(9), k=3)
-    with running_server(config) as address, RetrievalClient(address, timeout=20) as client:
+    # What the server takes is asked here, and not what the client would send after a refusal.
+    with running_server(config) as address, RetrievalClient(address, timeout=20, throttle=False) as client:
         assert (client.serving_state().max_batch, client.serving_state().max_k) == (5, 10_000)
         with pytest.raises(InvalidRequestError, match=r"^requests: has 6 requests; from 1 to 5 are taken$"):
             client.batch_retrieve([one] * 6)

@@ -72,7 +72,8 @@ def test_a_server_that_is_away_for_a_moment_is_asked_again_within_the_deadline(c
         client(address)
     assert len(moody.remaining) == 5
     # A second unless the caller says otherwise, for all attempts together.
-    assert 1 >= moody.remaining[0] > moody.remaining[-1] > 0
+    # gRPC sends the time rounded up.
+    assert 1.02 >= moody.remaining[0] > moody.remaining[-1] > 0
 
 
 @pytest.mark.parametrize("client", [ask, ask_asynchronously])
