@@ -31,12 +31,15 @@ class IndexBackend(Protocol):
         vectors: the embeddings in it, `[N, D]`, possibly memory-mapped.
         supports_allowed: whether a search can be restricted to some rows.
         max_k: the most answers that a search gives; None for no limit.
+        true_scores: whether scores are inner products of the float32 embeddings, rounded the same wherever in a batch
+            or the index a query and an item stand.
     """
 
     spec: IndexSpec
     vectors: NDArray
     supports_allowed: bool
     max_k: int | None
+    true_scores: bool
 
     @property
     def exact_from(self) -> float:
@@ -113,6 +116,7 @@ class FaissBackend:
     """
 
     max_k: int | None = None
+    true_scores = False
     exact_from = math.inf
 
     def __init__(self, index: faiss.Index, vectors: NDArray, spec: IndexSpec) -> None:

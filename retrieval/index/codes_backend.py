@@ -45,6 +45,7 @@ class CodesBackend:
         self._configure(spec)
         native, parts = library(), (lists.centres, lists.counts, lists.order) if lists is not None else ()
         self._codes = Codes(native, self.vectors, *parts) if native is not None else None
+        self.true_scores = self._codes is not None
 
     def _configure(self, spec: IndexSpec) -> None:
         for name, value in spec.search.items():

@@ -33,6 +33,7 @@ class DeviceBackend:
 
     spec = IndexSpec()
     max_k: int | None = None
+    true_scores = False
     supports_allowed = True
     exact_from = 1.0
 

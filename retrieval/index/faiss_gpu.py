@@ -57,6 +57,7 @@ class FaissGpuBackend:
     """
 
     max_k: int | None = _MOST
+    true_scores = False
     supports_allowed = False
     exact_from = math.inf
 

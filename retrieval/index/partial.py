@@ -24,7 +24,7 @@ class PartialBackend:
     def __init__(self, inner: IndexBackend, vectors: NDArray, rows: NDArray[np.int64]) -> None:
         assert inner.count == len(rows)
         self.spec, self.vectors, self.max_k = inner.spec, vectors, inner.max_k
-        self.supports_allowed = inner.supports_allowed
+        self.supports_allowed, self.true_scores = inner.supports_allowed, inner.true_scores
         self._inner, self._rows = inner, rows
 
     @property

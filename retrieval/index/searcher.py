@@ -198,7 +198,7 @@ class Searcher:
         answers.eligible[members] = eligible[members]
         members = members[goal.wanted[members] > 0]
         needs = depth_class(batch.ks + np.maximum(lost_indexed, lost_added) + _SPARE)
-        for need in np.unique(needs[members]).tolist():
+        for need in sorted(set(needs[members].tolist())):
             pending = members[needs[members] == need]
             first = self._planner.scan(need, indexed.count) if exact else self._planner.first(need, indexed.count)
             step, spare, retry = first, _SPARE, False
@@ -209,6 +209,8 @@ class Searcher:
                     for part in self._portions(pending, step.fetch + fetch_added)
                 ]
                 pending = pending[~np.concatenate(settled)]
+                if not len(pending):
+                    break
                 step, spare, retry = self._planner.after(step, need, indexed.count), spare * _SPARE_GROWTH, True
 
     def _portions(self, members: NDArray[np.int64], fetch: int) -> Iterator[NDArray[np.int64]]:
@@ -242,15 +244,16 @@ class Searcher:
         full = np.count_nonzero(of_index, axis=1) >= from_index
         full &= np.count_nonzero(kept.rows >= 0, axis=1) >= wanted
         places, last = np.arange(len(members)), np.minimum(wanted, width) - 1
-        margin = _ROUNDING * np.linalg.norm(queries, axis=1)
+        margin = _ROUNDING * np.sqrt(np.einsum("bd,bd->b", queries, queries))
         settled = full & (kept.scores[places, last] > kept.cut + margin)
-        rows, scores = self._ordered(queries, kept.rows)
+        is_true = self._backend.true_scores and step.plan is not Plan.SCAN and not fetch_added
+        rows, scores = self._in_order(kept.rows, kept.scores if is_true else self._scores_of(queries, kept.rows))
         if step.plan is Plan.SELECTOR:
             settled &= ~self._planner.too_deep(queries, scores[places, last], step, goal.indexed.count)
-        columns = np.arange(min(width, answers.rows.shape[1]))
-        answered = (columns < wanted[:, None]) & settled[:, None]
-        b, c = np.nonzero(answered)
-        answers.rows[members[b], c], answers.scores[members[b], c] = rows[b, c], scores[b, c]
+        columns = min(width, answers.rows.shape[1])
+        answered = (np.arange(columns) < wanted[:, None]) & settled[:, None]
+        for into, found_ in ((answers.rows, rows), (answers.scores, scores)):
+            into[members, :columns] = np.where(answered, found_[:, :columns], into[members, :columns])
         answers.plans[members[settled]] = step.plan
         return settled
 
@@ -290,10 +293,8 @@ class Searcher:
             return found.rows, found.scores
         return self._indexed.scanner.scan(queries, fetch, eligible)
 
-    def _ordered(
-        self, queries: NDArray[np.float32], rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Candidates with their true scores, best first, equal ones by tie rank; −1 come last."""
+    def _scores_of(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Candidates' true scores; −∞ of −1."""
         indexed = np.where(rows < self._count, rows, 0) if len(self) > self._count else rows
         gathered = np.asarray(self._backend.vectors[indexed], np.float32)
         if indexed is not rows:
@@ -302,10 +303,16 @@ class Searcher:
         # Not a matrix product: its rounding would depend on where in the matrix an item stands.
         scores = np.einsum("bfd,bd->bf", gathered, queries)
         scores[rows < 0] = -np.inf
+        return np.asarray(scores)
+
+    def _in_order(
+        self, rows: NDArray[np.int64], scores: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Candidates, best first, equal ones by tie rank; −1 come last."""
         unsure = np.flatnonzero((scores[:, 1:] >= scores[:, :-1]).any(axis=1))
         if len(unsure):
             order = np.lexsort((self._tie_rank[rows[unsure]], -scores[unsure]), axis=1)
-            rows = rows.copy()
+            rows, scores = rows.copy(), scores.copy()
             rows[unsure] = np.take_along_axis(rows[unsure], order, axis=1)
             scores[unsure] = np.take_along_axis(scores[unsure], order, axis=1)
         return rows, scores
@@ -384,10 +391,13 @@ class _Batch:
         excluded: Sequence[NDArray[np.int64]] | None,
         span: int,
     ) -> "_Batch":
-        lists = excluded if excluded is not None else [np.empty(0, np.int64)] * len(queries)
-        assert len(lists) == len(ks) == len(queries)
-        owners = np.repeat(np.arange(len(queries)), [len(rows) for rows in lists])
-        rows = np.concatenate([*lists, np.empty(0, np.int64)]).astype(np.int64, copy=False)
+        assert len(ks) == len(queries)
+        if excluded is None:
+            nothing = np.empty(0, np.int64)
+            return cls(queries, np.asarray(ks, np.int64), nothing, nothing, nothing, span)
+        assert len(excluded) == len(queries)
+        owners = np.repeat(np.arange(len(queries)), [len(rows) for rows in excluded])
+        rows = np.concatenate([*excluded, np.empty(0, np.int64)]).astype(np.int64, copy=False)
         keys = np.sort(owners * span + rows)
         return cls(queries, np.asarray(ks, np.int64), owners, rows, keys, span)
 
