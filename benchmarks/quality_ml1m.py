@@ -94,7 +94,7 @@ ENTRIES: dict[str, Entry] = {
     "SASRec, constant rate": Entry("sasrec-ml1m", CONSTANT),
     "GRU4Rec": Entry("gru4rec-ml1m", BRISK),
     "GRU4Rec, constant rate": Entry("gru4rec-ml1m", CONSTANT),
-    "BERT4Rec": Entry("bert4rec-ml1m", BRISK | {"epochs": 60}),
+    "BERT4Rec": Entry("bert4rec-ml1m", BRISK),
     "ablation, both biases": Entry("ml1m", ABLATION),
     "ablation, no biases": Entry("ml1m", ABLATION, {"position_bias": False, "time_bias": False}),
     "ablation, position bias": Entry("ml1m", ABLATION, {"time_bias": False}),

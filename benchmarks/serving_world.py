@@ -46,7 +46,7 @@ def publish_world(registry: Registry, items: int) -> None:
     table = latent @ rng.normal(size=(_LATENT, width)).astype(np.float32)
     with torch.no_grad():
         encoder.item_embedding.weight.copy_(torch.from_numpy(table + rng.normal(size=table.shape).astype(np.float32)))
-    inverted = IndexSpec(factory="IVF1024,Flat", search={"nprobe": 32})
+    inverted = IndexSpec(factory="IVF1024,Int8", search={"nprobe": 32})
     spec = IndexSpec() if items <= _EXACT_UP_TO else inverted
     ids = pa.array(rng.permutation(items) + 1_000_000, pa.int64())
     events = rng.integers(1, 1000, items)
