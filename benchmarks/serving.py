@@ -131,7 +131,8 @@ def _plain_index(snapshot: Snapshot, folder: Path) -> faiss.Index:
     if spec.lists is None:
         return faiss.read_index(str(folder / "index.faiss"))
     centres = load_lists(folder / spec.file, spec.lists, vectors).centres
-    index = faiss.index_factory(vectors.shape[1], f"IVF{len(centres)},Flat", faiss.METRIC_INNER_PRODUCT)
+    # The stubs do not tell what kind of index a factory string makes.
+    index: Any = faiss.index_factory(vectors.shape[1], f"IVF{len(centres)},Flat", faiss.METRIC_INNER_PRODUCT)
     index.quantizer.add(centres)
     index.is_trained = True
     index.add(vectors)
