@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from retrieval.data.duck import Engine, identifier
-from retrieval.data.events import IdType, ItemSchema, Part, Source, open_source
+from retrieval.data.events import Part, Source, open_source
+from retrieval.data.schemas import IdType, ItemSchema
 from retrieval.data.staging import IdColumn, read_ids, staged_id
 from retrieval.data.vocabulary import RESERVED
 

@@ -20,9 +20,10 @@ import pyarrow as pa
 from retrieval.data.catalogue import Catalogue, read_attributes, stage_catalogue
 from retrieval.data.dataset import DATASET_FORMAT, ActionValue, Dataset, DatasetInfo, fingerprint_of
 from retrieval.data.duck import Engine, Progress
-from retrieval.data.events import Dialect, EventSchema, ItemSchema, SeriesSchema, Source, UserSchema, open_source
+from retrieval.data.events import Source, open_source
 from retrieval.data.features import FeatureSchema
 from retrieval.data.meaning import Meaning, common_type
+from retrieval.data.schemas import Dialect, EventSchema, ItemSchema, SeriesSchema, UserSchema
 from retrieval.data.side import (
     People,
     Points,

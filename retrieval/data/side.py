@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from retrieval.data.columns import write_columns
 from retrieval.data.duck import Engine, literal
-from retrieval.data.events import Part, SeriesSchema, Source, UserSchema, open_source
+from retrieval.data.events import Part, Source, open_source
 from retrieval.data.features import FeatureSchema, SideColumn
+from retrieval.data.schemas import SeriesSchema, UserSchema
 from retrieval.data.spill import Spill
 from retrieval.data.staging import FOREIGN, IdColumn, read_ids, read_times, staged_id, staged_text, staged_time
 from retrieval.errors import DataError

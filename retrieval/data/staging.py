@@ -12,7 +12,8 @@ from typing import Literal
 
 from retrieval.data.dataset import ActionValue
 from retrieval.data.duck import Engine, literal
-from retrieval.data.events import EventSchema, IdType, Kind, Part, Source, TimeUnit
+from retrieval.data.events import Kind, Part, Source
+from retrieval.data.schemas import EventSchema, IdType, TimeUnit
 from retrieval.errors import DataError
 
 __all__ = [
