@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 
 # Weight of the latest batch in the running mean of how long a batch takes.
 _LATEST = 0.2
-# A batch begins after so many turns of the event loop in a row have brought no further call. A turn that has nothing to do
-# takes some microseconds, and calls that have come to the server get here one a turn, at most.
+# A batch begins after so many turns of the event loop in a row have brought no further call. A turn that has nothing to
+# do takes some microseconds, and calls that have come to the server get here one a turn, at most.
 _QUIET_TURNS = 2
 
 

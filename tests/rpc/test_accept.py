@@ -72,7 +72,7 @@ def test_while_the_loop_works_calls_are_taken() -> None:
         # The loop does nothing else meanwhile.
         time.sleep(0.5)
         for _ in range(30):
-            taken.append(port._server._server._kinds[None].waiting)  # type: ignore[attr-defined]
+            taken.append(port._server._server._kinds[None].waiting)
             await asyncio.sleep(0)
 
     with serving(answer) as (address, _):
