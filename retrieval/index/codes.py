@@ -24,13 +24,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.native import compiled
+from retrieval.native import address, compiled
 from retrieval.types import SearchResult
 
 __all__ = ["HEADERS", "SOURCES", "Codes", "library"]
 
 _FOLDER: Final = Path(__file__).parent
-SOURCES: Final = (_FOLDER / "codes_native.cpp", _FOLDER / "codes_encode_native.cpp")
+SOURCES: Final = tuple(_FOLDER / f"{name}_native.cpp" for name in ("codes", "codes_encode", "settle"))
 HEADERS: Final = (_FOLDER / "codes_native.h",)
 
 _LANES: Final = 16
@@ -181,7 +181,7 @@ def _pieces(count: int) -> NDArray[np.int64]:
 
 
 def _address(array: NDArray | None) -> int | None:
-    return None if array is None else array.ctypes.data
+    return None if array is None else address(array)
 
 
 def _aligned(count: int, dtype: type) -> NDArray:

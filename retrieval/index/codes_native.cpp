@@ -29,17 +29,6 @@ namespace {
 // So many queries share each reading of the codes, which comes from memory where there are millions of items.
 constexpr int64_t GROUP_QUERIES = 256, BUFFER = 384, LARGEST_BUFFER = 1 << 15;
 
-float dot(const float* a, const float* b, int64_t width) {
-  float parts[LANES] = {};
-  int64_t d = 0;
-  for (; d + LANES <= width; d += LANES)
-    for (int64_t i = 0; i < LANES; ++i) parts[i] += a[d + i] * b[d + i];
-  for (int64_t i = 0; d + i < width; ++i) parts[i] += a[d + i] * b[d + i];
-  for (int64_t half = LANES / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
-}
-
 // Floats as integers of the same order.
 int32_t ordered(float x) {
   int32_t bits;
@@ -181,15 +170,12 @@ struct Query {
     for (int64_t i = 0; i < count; ++i) {
       if (!(scores[i] >= least_ && scores[i] < below)) continue;
       into.push_back({0, rows[i]});
-      const char* ahead = reinterpret_cast<const char*>(codes->vectors + int64_t(rows[i]) * codes->width);
-      for (int64_t byte = 0; byte < codes->width * 4; byte += 64) __builtin_prefetch(ahead + byte);
+      fetch_ahead(codes->vectors + int64_t(rows[i]) * codes->width, codes->width);
     }
     for (size_t i = first; i < into.size(); ++i)
       into[i].score = dot(vector, codes->vectors + into[i].row * codes->width, codes->width);
   }
 };
-
-bool is_allowed(const uint8_t* allowed, int64_t row) { return allowed[row >> 3] >> (row & 7) & 1; }
 
 #if WIDE
 
