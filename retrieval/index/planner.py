@@ -9,7 +9,7 @@ The plan of a query depends on the query, its filter and the index alone, never 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -38,6 +38,7 @@ _SHARED_BY_LATER: Final = 64
 # A selector's search that had to go this many times deeper than planned is not trusted. Measured: see docs/filters.md.
 _TOO_DEEP: Final = 2
 _GROWTH: Final = 4
+_CLASSES: Final = _TUNED_DEPTH * 4 ** np.arange(28)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def depth_class(need: NDArray[np.int64]) -> NDArray[np.int64]:
 
     Rounding by class makes a query's depth, and with it an approximate answer, its own and not that of its batch.
     """
-    return _TUNED_DEPTH * 4 ** np.ceil(np.log2(np.maximum(need, 1) / _TUNED_DEPTH).clip(0) / 2).astype(np.int64)
+    return np.asarray(_CLASSES[_CLASSES.searchsorted(need)])
 
 
 class Planner:
@@ -104,17 +105,21 @@ class Planner:
         step = max(1, min(self._backend.count // 4096, 256))
         return np.asarray(self._backend.vectors[::step], np.float32)
 
-    def scan(self, need: int, survivors: int) -> Step:
-        """How to begin where an exact answer is asked for; arguments as for `first`."""
-        return _scanned(need, survivors)
-
-    def first(self, need: int, survivors: int) -> Step:
-        """How to begin.
+    def steps(self, need: int, survivors: int, exact: bool = False) -> Iterator[Step]:
+        """How to begin, and how to go on with queries that the step before left unanswered.
 
         Args:
             need: candidates wanted of the survivors, a depth class.
             survivors: items of the index that are eligible.
+            exact: whether every survivor must be scored.
         """
+        step = _scanned(need, survivors) if exact else self.first(need, survivors)
+        while True:
+            yield step
+            step = self.after(step, need, survivors)
+
+    def first(self, need: int, survivors: int) -> Step:
+        """How to begin."""
         count = self._backend.count
         if survivors == 0:
             return _scanned(need, survivors)

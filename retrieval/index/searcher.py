@@ -4,7 +4,7 @@ Shape legend: B queries, N items of the index, A added items, D width, K answers
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,19 +153,19 @@ class Searcher:
         Raises:
             FilterError: as `check`.
         """
-        queries, wanted = np.ascontiguousarray(queries, np.float32), np.asarray(ks, np.int64)
-        assert len(wanted) == len(queries)
+        queries = np.ascontiguousarray(queries, np.float32)
+        assert len(ks) == len(queries)
         assert excluded is None or len(excluded) == len(queries)
         groups: dict[str, list[int]] = {}
         for b, filter_ in enumerate(filters or ()):
             groups.setdefault(str(filter_), []).append(b)
         if len(groups) <= 1:
-            return self._search_group(queries, wanted, excluded, filters[0] if filters else None, exact)
-        answers = _no_answers(len(queries), int(wanted.max()))
+            return self._search_group(queries, ks, excluded, filters[0] if filters else None, exact)
+        answers = _no_answers(len(queries), max(ks))
         for members in groups.values():
             assert filters is not None
             theirs = None if excluded is None else [excluded[b] for b in members]
-            found = self._search_group(queries[members], wanted[members], theirs, filters[members[0]], exact)
+            found = self._search_group(queries[members], [ks[b] for b in members], theirs, filters[members[0]], exact)
             columns = found.rows.shape[1]
             answers.rows[members, :columns], answers.scores[members, :columns] = found.rows, found.scores
             answers.plans[members], answers.eligible[members] = found.plans, found.eligible
@@ -174,40 +174,46 @@ class Searcher:
     def _search_group(
         self,
         queries: NDArray[np.float32],
-        ks: NDArray[np.int64],
+        ks: Sequence[int],
         excluded: Sequence[NDArray[np.int64]] | None,
         filter_: Filter | None,
         exact: bool,
     ) -> Answers:
         """Answer queries of one filter."""
         indexed, added = self._indexed.eligible(filter_), self._added.eligible(filter_)
-        most, lost = _SPARE, Excluded.of(excluded)
-        of_index = indexed.count if lost is None else indexed.count - lost.count(indexed.bitmap, 0, self._count)
-        of_added = added.count if lost is None else added.count - lost.count(added.bitmap, self._count, len(self))
+        answers, k, lost = (
+            _no_answers(len(queries), max(ks, default=0)),
+            np.asarray(ks, np.int64),
+            Excluded.of(excluded),
+        )
+        of_index: int | NDArray[np.int64] = indexed.count
+        need = k + _SPARE
+        answers.eligible.fill(indexed.count + added.count)
         if lost is not None:
-            most = most + np.maximum(indexed.count - of_index, added.count - of_added)
-        answers = _no_answers(len(queries), int(ks.max(initial=0)))
-        answers.eligible[:] = of_index + of_added
+            lost_indexed = lost.count(indexed.bitmap, 0, self._count)
+            lost_added = lost.count(added.bitmap, self._count, len(self))
+            of_index = indexed.count - lost_indexed
+            need += np.maximum(lost_indexed, lost_added)
+            answers.eligible[:] -= lost_indexed + lost_added
         goal = Goal(
             queries=queries,
-            wanted=np.minimum(ks, answers.eligible),
-            from_index=np.minimum(ks, of_index),
+            wanted=np.minimum(k, answers.eligible),
+            from_index=np.minimum(k, of_index),
             excluded=lost,
             allowed=indexed.bitmap,
         )
-        needs = depth_class(ks + most)
-        asking = np.flatnonzero(goal.wanted)
-        for need in sorted(set(needs[asking].tolist())):
-            pending = asking[needs[asking] == need]
-            first = self._planner.scan(need, indexed.count) if exact else self._planner.first(need, indexed.count)
-            step, fetch_added = first, min(need, added.count)
-            while len(pending):
+        needs = depth_class(need)
+        needs[goal.wanted == 0] = 0
+        for depth in sorted(set(needs.tolist()) - {0}):
+            pending, fetch_added = (needs == depth).nonzero()[0], min(depth, added.count)
+            for step in self._planner.steps(depth, indexed.count, exact):
                 settled = [
                     self._attempt(goal, members, indexed, added, step, fetch_added, answers)
                     for members in _portions(pending, step.fetch + fetch_added)
                 ]
-                pending = pending[~np.concatenate(settled)]
-                step, fetch_added = self._planner.after(step, need, indexed.count), added.count
+                pending, fetch_added = pending[~np.concatenate(settled)], added.count
+                if not len(pending):
+                    break
         return answers
 
     def _attempt(
@@ -275,8 +281,7 @@ def _fetched(rows: NDArray[np.int64], scores: NDArray[np.float32], complete: boo
     return Fetched(np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(scores, np.float32), complete)
 
 
-def _portions(members: NDArray[np.int64], fetch: int) -> Iterator[NDArray[np.int64]]:
+def _portions(members: NDArray[np.int64], fetch: int) -> list[NDArray[np.int64]]:
     """Members in turns of so many that their candidates are not too many at once."""
     size = max(1, _FETCHED // max(fetch, 1))
-    for start in range(0, len(members), size):
-        yield members[start : start + size]
+    return [members] if len(members) <= size else [members[at : at + size] for at in range(0, len(members), size)]

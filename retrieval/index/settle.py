@@ -38,9 +38,9 @@ class Excluded:
     @classmethod
     def of(cls, excluded: Sequence[NDArray[np.int64]] | None) -> "Excluded | None":
         """None where nothing is excluded."""
-        starts = np.cumsum([0, *map(len, excluded or ())])
-        if excluded is None or not starts[-1]:
+        if excluded is None or not any(map(len, excluded)):
             return None
+        starts = np.cumsum([0, *map(len, excluded)])
         return cls(np.concatenate(excluded).astype(np.int64, copy=False), starts)
 
     def of_query(self, b: int) -> NDArray[np.int64]:
