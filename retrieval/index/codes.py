@@ -16,6 +16,7 @@ Legend: B queries, N items, D width, C lists, K answers per query.
 
 import ctypes
 import math
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -61,13 +62,8 @@ class _Codes(ctypes.Structure):
     )
 
 
-class _Asked(ctypes.Structure):
-    """`struct Asked` of the C++ source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("queries", "k", "probes", "threads")),
-        *((name, ctypes.c_void_p) for name in ("vectors", "allowed", "scores", "rows")),
-    )
+_ASKED: Final = struct.Struct("@4q4P")
+"""`struct Asked` of the C++ source; packed, since filling a structure of ctypes takes longer."""
 
 
 class Codes:
@@ -159,17 +155,17 @@ class Codes:
         share = min(probes, sections) / max(sections, 1) if self._problem.lists else 1.0
         products = len(queries) * self._held[3].size * share * self._width
         threads = max(1, min(faiss.omp_get_max_threads(), int(products / _WORTH_A_THREAD)))
-        asked = _Asked(
-            queries=len(queries),
-            k=k,
-            probes=max(1, min(probes, sections)),
-            threads=threads,
-            vectors=_address(queries),
-            allowed=_address(allowed),
-            scores=_address(scores),
-            rows=_address(rows),
+        asked = _ASKED.pack(
+            len(queries),
+            k,
+            max(1, min(probes, sections)),
+            threads,
+            address(queries),
+            0 if allowed is None else address(allowed),
+            address(scores),
+            address(rows),
         )
-        self._native.codes_search(ctypes.byref(self._problem), ctypes.byref(asked))
+        self._native.codes_search(ctypes.byref(self._problem), asked)
         return SearchResult(rows=rows, scores=scores)
 
 

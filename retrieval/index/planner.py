@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -38,6 +38,8 @@ _SHARED_BY_LATER: Final = 64
 # A selector's search that had to go this many times deeper than planned is not trusted. Measured: see docs/filters.md.
 _TOO_DEEP: Final = 2
 _GROWTH: Final = 4
+# First steps that are kept: working one out takes longer than most of what a search does in Python.
+_REMEMBERED: Final = 4096
 _CLASSES: Final = _TUNED_DEPTH * 4 ** np.arange(28)
 
 
@@ -93,6 +95,7 @@ class Planner:
 
     def __init__(self, backend: IndexBackend, costs: Costs | None = None) -> None:
         self._backend, self._given = backend, costs
+        self.first = lru_cache(_REMEMBERED)(self._first)
 
     @cached_property
     def costs(self) -> Costs:
@@ -106,7 +109,7 @@ class Planner:
         return np.asarray(self._backend.vectors[::step], np.float32)
 
     def steps(self, need: int, survivors: int, exact: bool = False) -> Iterator[Step]:
-        """How to begin, and how to go on with queries that the step before left unanswered.
+        """How to begin (`first`), and how to go on with queries that the step before left unanswered.
 
         Args:
             need: candidates wanted of the survivors, a depth class.
@@ -118,8 +121,7 @@ class Planner:
             yield step
             step = self.after(step, need, survivors)
 
-    def first(self, need: int, survivors: int) -> Step:
-        """How to begin."""
+    def _first(self, need: int, survivors: int) -> Step:
         count = self._backend.count
         if survivors == 0:
             return _scanned(need, survivors)

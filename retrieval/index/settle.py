@@ -9,7 +9,7 @@ Legend: B queries of a group, M of them that are asked for now, N items of the i
 candidates per query, X excluded rows of all queries together.
 """
 
-import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -26,6 +26,10 @@ __all__ = ["Excluded", "Fetched", "Goal", "Table", "settle", "settle_reference"]
 
 ROUNDING: Final = 1e-6
 """Scores closer than this times the query's norm may be equal but for rounding (vectors have unit length)."""
+_TABLE: Final = struct.Struct("@2q3P")
+_ROUND: Final = struct.Struct("@2q7P 2q2P 2q2P q3P")
+"""`Table` and `Round` of the C++ source; packed, since filling a structure of ctypes takes longer."""
+_NOTHING: Final = (0, 1, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Excluded:
         return np.asarray(np.diff(counted[self.starts]))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fetched:
     """Candidates of the index, or of the added items: rows and scores `[M, F]`, best first, −1 past the last.
 
@@ -69,8 +73,12 @@ class Fetched:
     scores: NDArray[np.float32]
     complete: bool
 
+    def packed(self) -> tuple[int, int, int, int]:
+        """`Fetched` of the C++ source."""
+        return self.rows.shape[1], self.complete, address(self.rows), address(self.scores)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Goal:
     """What a group of queries wants.
 
@@ -103,9 +111,8 @@ class Table:
         self.added, self.tie_rank = np.ascontiguousarray(added, np.float32), np.ascontiguousarray(tie_rank, np.int64)
         plain = vectors.dtype == np.float32 and vectors.flags.c_contiguous
         self.native = library() if plain else None
-        self.problem = _Table(
-            len(vectors), vectors.shape[1], vectors.ctypes.data, self.added.ctypes.data, self.tie_rank.ctypes.data
-        )
+        held = (vectors, self.added, self.tie_rank)
+        self.packed = _TABLE.pack(*vectors.shape, *(array.ctypes.data for array in held))
 
     def scores(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Inner products with a query `[D]`, float32 in the shape of `rows` `[F]`."""
@@ -141,24 +148,25 @@ def settle(
     """
     if table.native is None:
         return settle_reference(table, goal, members, index, added, check_index, are_true, answers)
-    settled = np.empty(len(members), np.bool_)
-    excluded = goal.excluded
-    asked = _Round(
+    settled, excluded = np.empty(len(members), np.bool_), goal.excluded
+    asked = _ROUND.pack(
         len(members),
         are_true,
-        ROUNDING,
         address(members),
         address(goal.queries),
         address(goal.wanted),
         address(goal.from_index),
-        None if excluded is None else address(excluded.starts),
-        None if excluded is None else address(excluded.rows),
-        address(goal.allowed) if check_index else None,
-        _fetched(index),
-        _fetched(added),
+        0 if excluded is None else address(excluded.starts),
+        0 if excluded is None else address(excluded.rows),
+        address(goal.allowed) if check_index else 0,
+        *(_NOTHING if index is None else index.packed()),
+        *(_NOTHING if added is None else added.packed()),
+        answers.rows.shape[1],
+        address(answers.rows),
+        address(answers.scores),
+        address(settled),
     )
-    into = _Into(answers.rows.shape[1], address(answers.rows), address(answers.scores), address(settled))
-    table.native.settle(ctypes.byref(table.problem), ctypes.byref(asked), ctypes.byref(into))
+    table.native.settle(table.packed, asked)
     return settled
 
 
@@ -201,51 +209,3 @@ def settle_reference(
         answers.rows[b, :wanted], answers.scores[b, :wanted] = rows[best], true[best]
         settled[m] = True
     return settled
-
-
-class _Table(ctypes.Structure):
-    """`struct Table` of the C++ source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "width")),
-        *((name, ctypes.c_void_p) for name in ("vectors", "added", "tie_rank")),
-    )
-
-
-class _Fetched(ctypes.Structure):
-    """`struct Fetched` of the C++ source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("width", "complete")),
-        *((name, ctypes.c_void_p) for name in ("rows", "scores")),
-    )
-
-
-class _Round(ctypes.Structure):
-    """`struct Round` of the C++ source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "is_true")),
-        ("rounding", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("members", "queries", "wanted", "from_index")),
-        *((name, ctypes.c_void_p) for name in ("starts", "excluded", "allowed")),
-        *((name, _Fetched) for name in ("index", "added")),
-    )
-
-
-class _Into(ctypes.Structure):
-    """`struct Into` of the C++ source."""
-
-    _fields_ = (
-        ("width", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("rows", "scores", "settled")),
-    )
-
-
-def _fetched(part: Fetched | None) -> _Fetched:
-    if part is None:
-        return _NOTHING
-    return _Fetched(part.rows.shape[1], part.complete, address(part.rows), address(part.scores))
-
-
-_NOTHING: Final = _Fetched(0, 1, None, None)

@@ -24,25 +24,22 @@ struct Fetched {
 
 struct Round {
   int64_t count, is_true;              // M; whether the scores are those of `dot`
-  float rounding;                      // of other scores, times the query's length
   const int64_t* members;              // [M], places in what is [B]
   const float* queries;                // [B, D]
   const int64_t *wanted, *from_index;  // [B]
   const int64_t *starts, *excluded;    // [B + 1], [X]; null where nothing is excluded
   const uint8_t* allowed;              // packed rows of the index; null where all that were fetched are
   Fetched index, added;
-};
-
-struct Into {
-  int64_t width;                       // answers per query
-  int64_t* rows;                       // [B, width]
-  float* scores;                       // [B, width]
+  int64_t columns;                     // answers of a query, at most
+  int64_t* rows;                       // [B, columns]: answers
+  float* scores;                       // [B, columns]
   uint8_t* settled;                    // [M]
 };
 
 namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float ROUNDING = 1e-6f;  // of other scores than those of `dot`, times the query's length
 
 struct Candidate {
   float score;
@@ -75,7 +72,7 @@ class Rows {
 
 class Settler {
  public:
-  Settler(const Table& table, const Round& round, const Into& into) : table_(table), round_(round), into_(into) {}
+  Settler(const Table& table, const Round& round) : table_(table), round_(round) {}
 
   // Writes the answers of the m-th member if what was fetched determines them; whether it does.
   bool settle(int64_t m) {
@@ -98,8 +95,8 @@ class Settler {
       std::sort(kept_.begin(), kept_.begin() + wanted, better);
     }
     for (int64_t i = 0; i < wanted; ++i) {
-      into_.rows[b * into_.width + i] = kept_[i].row;
-      into_.scores[b * into_.width + i] = kept_[i].score;
+      round_.rows[b * round_.columns + i] = kept_[i].row;
+      round_.scores[b * round_.columns + i] = kept_[i].score;
     }
     return true;
   }
@@ -129,7 +126,7 @@ class Settler {
   }
 
   float margin(const float* query) const {
-    return round_.is_true ? 0 : round_.rounding * std::sqrt(dot(query, query, table_.width));
+    return round_.is_true ? 0 : ROUNDING * std::sqrt(dot(query, query, table_.width));
   }
 
   void score(const float* query) {
@@ -143,7 +140,6 @@ class Settler {
 
   const Table& table_;
   const Round& round_;
-  const Into& into_;
   Rows excluded_;
   std::vector<Candidate> kept_;
 };
@@ -152,9 +148,9 @@ class Settler {
 
 extern "C" {
 
-void settle(const Table* table, const Round* round, const Into* into) {
-  Settler settler(*table, *round, *into);
-  for (int64_t m = 0; m < round->count; ++m) into->settled[m] = settler.settle(m);
+void settle(const Table* table, const Round* round) {
+  Settler settler(*table, *round);
+  for (int64_t m = 0; m < round->count; ++m) round->settled[m] = settler.settle(m);
 }
 
 }
