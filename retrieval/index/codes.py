@@ -104,7 +104,8 @@ class Codes:
         if centres is not None:
             padded = np.zeros((width, math.ceil(len(centres) / _LANES) * _LANES), np.float32)
             padded[:, : len(centres)] = centres.T
-        self._native, self._width = native, width
+        self._native, self._width, self._sections, self._in_lists = native, width, len(counts), centres is not None
+        self._products = places * width
         # What the structure points at must live as long as it.
         self._held = (starts, counts, codes, scales, rows, vectors, padded)
         self._problem = _Codes(
@@ -148,17 +149,17 @@ class Codes:
             allowed: packed bitmap of the rows to look at, uint8 `[ceil(N / 8)]`; None for all.
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        assert queries.shape[1] == self._width
+        count, width = queries.shape
+        assert width == self._width
         allowed = None if allowed is None else np.ascontiguousarray(allowed, np.uint8)
-        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        sections = self._problem.sections
-        share = min(probes, sections) / max(sections, 1) if self._problem.lists else 1.0
-        products = len(queries) * self._held[3].size * share * self._width
+        scores, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+        probes = max(1, min(probes, self._sections))
+        products = count * self._products * (probes / self._sections if self._in_lists else 1)
         threads = max(1, min(faiss.omp_get_max_threads(), int(products / _WORTH_A_THREAD)))
         asked = _ASKED.pack(
-            len(queries),
+            count,
             k,
-            max(1, min(probes, sections)),
+            probes,
             threads,
             address(queries),
             0 if allowed is None else address(allowed),
