@@ -15,7 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["compiled"]
+from numpy.typing import NDArray
+
+__all__ = ["address", "compiled"]
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (_FOLDER / "native_threads.h",)
@@ -50,6 +52,14 @@ def compiled(
         reason = str(error)
     _log.warning("%s: %s", without, reason)
     return None
+
+
+def address(array: NDArray) -> int:
+    """Where the elements of a contiguous array lie, while the array lives."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # must not be written to, or is empty; the general way takes three times as long
+        return int(array.ctypes.data)
 
 
 def _built(compiler: str, name: str, sources: Sequence[Path], flags: Sequence[str], headers: Sequence[Path]) -> Path:

@@ -16,6 +16,7 @@ Legend: B queries, N items, D width, C lists, K answers per query.
 
 import ctypes
 import math
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -24,13 +25,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.native import compiled
+from retrieval.native import address, compiled
 from retrieval.types import SearchResult
 
 __all__ = ["HEADERS", "SOURCES", "Codes", "library"]
 
 _FOLDER: Final = Path(__file__).parent
-SOURCES: Final = (_FOLDER / "codes_native.cpp", _FOLDER / "codes_encode_native.cpp")
+SOURCES: Final = tuple(_FOLDER / f"{name}_native.cpp" for name in ("codes", "codes_encode", "settle"))
 HEADERS: Final = (_FOLDER / "codes_native.h",)
 
 _LANES: Final = 16
@@ -61,13 +62,8 @@ class _Codes(ctypes.Structure):
     )
 
 
-class _Asked(ctypes.Structure):
-    """`struct Asked` of the C++ source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("queries", "k", "probes", "threads")),
-        *((name, ctypes.c_void_p) for name in ("vectors", "allowed", "scores", "rows")),
-    )
+_ASKED: Final = struct.Struct("@4q4P")
+"""`struct Asked` of the C++ source; packed, since filling a structure of ctypes takes longer."""
 
 
 class Codes:
@@ -108,7 +104,8 @@ class Codes:
         if centres is not None:
             padded = np.zeros((width, math.ceil(len(centres) / _LANES) * _LANES), np.float32)
             padded[:, : len(centres)] = centres.T
-        self._native, self._width = native, width
+        self._native, self._width, self._sections, self._in_lists = native, width, len(counts), centres is not None
+        self._products = places * width
         # What the structure points at must live as long as it.
         self._held = (starts, counts, codes, scales, rows, vectors, padded)
         self._problem = _Codes(
@@ -152,24 +149,24 @@ class Codes:
             allowed: packed bitmap of the rows to look at, uint8 `[ceil(N / 8)]`; None for all.
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        assert queries.shape[1] == self._width
+        count, width = queries.shape
+        assert width == self._width
         allowed = None if allowed is None else np.ascontiguousarray(allowed, np.uint8)
-        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        sections = self._problem.sections
-        share = min(probes, sections) / max(sections, 1) if self._problem.lists else 1.0
-        products = len(queries) * self._held[3].size * share * self._width
+        scores, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+        probes = max(1, min(probes, self._sections))
+        products = count * self._products * (probes / self._sections if self._in_lists else 1)
         threads = max(1, min(faiss.omp_get_max_threads(), int(products / _WORTH_A_THREAD)))
-        asked = _Asked(
-            queries=len(queries),
-            k=k,
-            probes=max(1, min(probes, sections)),
-            threads=threads,
-            vectors=_address(queries),
-            allowed=_address(allowed),
-            scores=_address(scores),
-            rows=_address(rows),
+        asked = _ASKED.pack(
+            count,
+            k,
+            probes,
+            threads,
+            address(queries),
+            0 if allowed is None else address(allowed),
+            address(scores),
+            address(rows),
         )
-        self._native.codes_search(ctypes.byref(self._problem), ctypes.byref(asked))
+        self._native.codes_search(ctypes.byref(self._problem), asked)
         return SearchResult(rows=rows, scores=scores)
 
 
@@ -181,7 +178,7 @@ def _pieces(count: int) -> NDArray[np.int64]:
 
 
 def _address(array: NDArray | None) -> int | None:
-    return None if array is None else array.ctypes.data
+    return None if array is None else address(array)
 
 
 def _aligned(count: int, dtype: type) -> NDArray:

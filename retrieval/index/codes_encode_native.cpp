@@ -65,10 +65,7 @@ void encode_part(const Codes& codes, const int64_t* order, int64_t total, Part& 
   int64_t next = part.next;
   for (int64_t section = part.begin; section < part.end; ++section) {
     for (int64_t i = 0; i < codes.counts[section]; ++i, ++next) {
-      if (order && next + AHEAD < total) {
-        const char* ahead = reinterpret_cast<const char*>(codes.vectors + order[next + AHEAD] * codes.width);
-        for (int64_t byte = 0; byte < codes.width * 4; byte += 64) __builtin_prefetch(ahead + byte);
-      }
+      if (order && next + AHEAD < total) fetch_ahead(codes.vectors + order[next + AHEAD] * codes.width, codes.width);
       int64_t row = order ? order[next] : next, place = codes.starts[section] * LANES + i;
       std::memcpy(padded.data(), codes.vectors + row * codes.width, codes.width * 4);
       encode(padded.data(), size, bytes.data(), scales[place], part.error, part.norm);

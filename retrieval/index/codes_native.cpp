@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -28,17 +29,6 @@ namespace {
 
 // So many queries share each reading of the codes, which comes from memory where there are millions of items.
 constexpr int64_t GROUP_QUERIES = 256, BUFFER = 384, LARGEST_BUFFER = 1 << 15;
-
-float dot(const float* a, const float* b, int64_t width) {
-  float parts[LANES] = {};
-  int64_t d = 0;
-  for (; d + LANES <= width; d += LANES)
-    for (int64_t i = 0; i < LANES; ++i) parts[i] += a[d + i] * b[d + i];
-  for (int64_t i = 0; d + i < width; ++i) parts[i] += a[d + i] * b[d + i];
-  for (int64_t half = LANES / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
-}
 
 // Floats as integers of the same order.
 int32_t ordered(float x) {
@@ -181,15 +171,12 @@ struct Query {
     for (int64_t i = 0; i < count; ++i) {
       if (!(scores[i] >= least_ && scores[i] < below)) continue;
       into.push_back({0, rows[i]});
-      const char* ahead = reinterpret_cast<const char*>(codes->vectors + int64_t(rows[i]) * codes->width);
-      for (int64_t byte = 0; byte < codes->width * 4; byte += 64) __builtin_prefetch(ahead + byte);
+      fetch_ahead(codes->vectors + int64_t(rows[i]) * codes->width, codes->width);
     }
     for (size_t i = first; i < into.size(); ++i)
       into[i].score = dot(vector, codes->vectors + into[i].row * codes->width, codes->width);
   }
 };
-
-bool is_allowed(const uint8_t* allowed, int64_t row) { return allowed[row >> 3] >> (row & 7) & 1; }
 
 #if WIDE
 
@@ -315,14 +302,13 @@ void blocks_of(Query* const* queries, const Codes& codes, int64_t begin, int64_t
 }
 
 // Scores one section's items for some queries.
-void section_of(const std::vector<Query*>& queries, const Codes& codes, int64_t section, const uint8_t* allowed) {
-  int64_t begin = codes.starts[section], items = codes.counts[section];
-  size_t q = 0;
-  for (; q + 4 <= queries.size(); q += 4) blocks_of<4, 4>(&queries[q], codes, begin, items, allowed);
-  for (; q < queries.size(); ++q) blocks_of<1, 8>(&queries[q], codes, begin, items, allowed);
+void section_of(Query* const* queries, int64_t count, const Codes& codes, int64_t section, const uint8_t* allowed) {
+  int64_t begin = codes.starts[section], items = codes.counts[section], q = 0;
+  for (; q + 4 <= count; q += 4) blocks_of<4, 4>(queries + q, codes, begin, items, allowed);
+  for (; q < count; ++q) blocks_of<1, 8>(queries + q, codes, begin, items, allowed);
 }
 
-// The sections that a query searches: those of the `probes` centres nearest to it.
+// The sections that a query searches, those of the `probes` centres nearest to it, are added to `found`.
 void nearest(const Codes& codes, const float* query, int64_t probes, std::vector<float>& scores, std::vector<int32_t>& found) {
   scores.assign(codes.lists, 0);
   for (int64_t d = 0; d < codes.width; ++d) {
@@ -330,29 +316,47 @@ void nearest(const Codes& codes, const float* query, int64_t probes, std::vector
     for (int64_t c = 0; c < codes.lists; ++c) scores[c] += query[d] * centres[c];
   }
   float least = kth(scores.data(), codes.sections, probes, true);
-  found.clear();
   for (int64_t c = 0; c < codes.sections; ++c)
     if (scores[c] >= least) found.push_back(int32_t(c));
 }
 
-// Candidates of some queries in every `parts`-th of the sections that they search, from the `part`-th on.
-void search(std::vector<Query>& queries, const Codes& codes, const Asked& asked, int64_t part, int64_t parts) {
-  std::vector<std::vector<Query*>> wanted;
-  std::vector<Query*> all;
-  for (Query& query : queries) all.push_back(&query);
-  if (codes.lists) {
-    wanted.resize(codes.sections);
+// Which queries search which section: those of section s are `queries[starts[s]:starts[s + 1]]`.
+struct Wanted {
+  std::vector<Query*> queries;
+  std::vector<int64_t> starts;
+
+  Wanted(std::vector<Query>& asking, const Codes& codes, int64_t probes) : starts(codes.sections + 1, 0) {
     std::vector<float> scores;
     std::vector<int32_t> found;
-    for (Query& query : queries) {
-      nearest(codes, query.vector, asked.probes, scores, found);
-      for (int32_t section : found) wanted[section].push_back(&query);
+    std::vector<size_t> ends;
+    for (Query& query : asking) {
+      nearest(codes, query.vector, probes, scores, found);
+      ends.push_back(found.size());
     }
+    for (int32_t section : found) ++starts[section + 1];
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    queries.resize(found.size());
+    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    size_t at = 0;
+    for (size_t q = 0; q < asking.size(); ++q)
+      for (; at < ends[q]; ++at) queries[next[found[at]]++] = &asking[q];
   }
-  for (int64_t section = part; section < codes.sections; section += parts) {
-    const std::vector<Query*>& here = codes.lists ? wanted[section] : all;
-    if (!here.empty()) section_of(here, codes, section, asked.allowed);
+};
+
+// Candidates of some queries in every `parts`-th of the sections that they search, from the `part`-th on.
+void search(std::vector<Query>& queries, const Codes& codes, const Asked& asked, int64_t part, int64_t parts) {
+  if (codes.lists) {
+    const Wanted wanted(queries, codes, asked.probes);
+    for (int64_t section = part; section < codes.sections; section += parts) {
+      const int64_t begin = wanted.starts[section], count = wanted.starts[section + 1] - begin;
+      if (count) section_of(&wanted.queries[begin], count, codes, section, asked.allowed);
+    }
+    return;
   }
+  std::vector<Query*> all;
+  for (Query& query : queries) all.push_back(&query);
+  for (int64_t section = part; section < codes.sections; section += parts)
+    section_of(all.data(), int64_t(all.size()), codes, section, asked.allowed);
 }
 
 void answer(const Query& query, const Asked& asked, int64_t b) {

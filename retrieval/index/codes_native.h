@@ -1,4 +1,4 @@
-// What the compiled search and the encoding of codes share. `codes.py` has the same structures.
+// What the compiled search, the encoding of codes and the settling of answers share. `codes.py` has the same structures.
 
 #pragma once
 
@@ -30,3 +30,22 @@ struct Asked {
 
 // What a code of 1 stands for. Numbers so small that their 127th part could vanish count as 0.
 inline float scale_of(float largest) { return largest > 1e-30f ? largest / 127 : 1; }
+
+// The score of an item, whoever asks: sums in one order, so that equal vectors score the same everywhere.
+inline float dot(const float* a, const float* b, int64_t width) {
+  float parts[LANES] = {};
+  int64_t d = 0;
+  for (; d + LANES <= width; d += LANES)
+    for (int64_t i = 0; i < LANES; ++i) parts[i] += a[d + i] * b[d + i];
+  for (int64_t i = 0; d + i < width; ++i) parts[i] += a[d + i] * b[d + i];
+  for (int64_t half = LANES / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+inline void fetch_ahead(const float* vector, int64_t width) {
+  const char* ahead = reinterpret_cast<const char*>(vector);
+  for (int64_t byte = 0; byte < width * 4; byte += 64) __builtin_prefetch(ahead + byte);
+}
+
+inline bool is_allowed(const uint8_t* allowed, int64_t row) { return allowed[row >> 3] >> (row & 7) & 1; }

@@ -9,9 +9,9 @@ The plan of a query depends on the query, its filter and the index alone, never 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -38,6 +38,9 @@ _SHARED_BY_LATER: Final = 64
 # A selector's search that had to go this many times deeper than planned is not trusted. Measured: see docs/filters.md.
 _TOO_DEEP: Final = 2
 _GROWTH: Final = 4
+# First steps that are kept: working one out takes longer than most of what a search does in Python.
+_REMEMBERED: Final = 4096
+_CLASSES: Final = _TUNED_DEPTH * 4 ** np.arange(28)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ def depth_class(need: NDArray[np.int64]) -> NDArray[np.int64]:
 
     Rounding by class makes a query's depth, and with it an approximate answer, its own and not that of its batch.
     """
-    return _TUNED_DEPTH * 4 ** np.ceil(np.log2(np.maximum(need, 1) / _TUNED_DEPTH).clip(0) / 2).astype(np.int64)
+    return np.asarray(_CLASSES[_CLASSES.searchsorted(need)])
 
 
 class Planner:
@@ -92,6 +95,7 @@ class Planner:
 
     def __init__(self, backend: IndexBackend, costs: Costs | None = None) -> None:
         self._backend, self._given = backend, costs
+        self.first = lru_cache(_REMEMBERED)(self._first)
 
     @cached_property
     def costs(self) -> Costs:
@@ -104,17 +108,20 @@ class Planner:
         step = max(1, min(self._backend.count // 4096, 256))
         return np.asarray(self._backend.vectors[::step], np.float32)
 
-    def scan(self, need: int, survivors: int) -> Step:
-        """How to begin where an exact answer is asked for; arguments as for `first`."""
-        return _scanned(need, survivors)
-
-    def first(self, need: int, survivors: int) -> Step:
-        """How to begin.
+    def steps(self, need: int, survivors: int, exact: bool = False) -> Iterator[Step]:
+        """How to begin (`first`), and how to go on with queries that the step before left unanswered.
 
         Args:
             need: candidates wanted of the survivors, a depth class.
             survivors: items of the index that are eligible.
+            exact: whether every survivor must be scored.
         """
+        step = _scanned(need, survivors) if exact else self.first(need, survivors)
+        while True:
+            yield step
+            step = self.after(step, need, survivors)
+
+    def _first(self, need: int, survivors: int) -> Step:
         count = self._backend.count
         if survivors == 0:
             return _scanned(need, survivors)

@@ -1,12 +1,10 @@
 """Searching among eligible items with a full answer guaranteed, whatever the index leaves out.
 
-Shape legend: B queries, N items of the index, A added items, D width, K answers per query, F fetched candidates, X
-excluded rows of all queries together.
+Shape legend: B queries, N items of the index, A added items, D width, K answers per query.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +15,16 @@ from retrieval.index.backend import IndexBackend
 from retrieval.index.filter import Filter
 from retrieval.index.part import Part
 from retrieval.index.planner import Costs, Planner, Step, depth_class
+from retrieval.index.settle import Excluded, Fetched, Goal, Table, settle
 from retrieval.index.side import Changes, alive
 from retrieval.types import Answers, Plan
 
 __all__ = ["Searcher"]
 
-# Candidates kept beyond those wanted, so that equal scores at the last place show; so many times more at each retry.
-_SPARE, _SPARE_GROWTH = 16, 16
-# Scores closer than this times the query's norm may be equal but for rounding (vectors have unit length).
-_ROUNDING = 1e-6
-# Elements of candidates' vectors gathered at once: 64 MiB.
-_GATHERED = 1 << 24
+# Candidates fetched beyond those wanted, so that equal scores at the last place show.
+_SPARE = 16
+# Candidates held at once: 48 MiB.
+_FETCHED = 1 << 22
 
 
 class Searcher:
@@ -69,7 +66,7 @@ class Searcher:
         assert changes.vectors.shape[1] == backend.width
         assert attributes is None or len(attributes) == count
         assert changes.attributes is None or len(changes.attributes) == added
-        self._backend, self._tie_rank = backend, tie_rank
+        self._backend, self._table = backend, Table(backend.vectors, changes.vectors, tie_rank)
         self._planner = Planner(backend, costs)
         withdrawn = np.concatenate([np.asarray(changes.withdrawn, np.int64), self._retired])
         self._indexed = Part(backend.vectors, attributes, alive(withdrawn, 0, count))
@@ -97,7 +94,7 @@ class Searcher:
 
     def __len__(self) -> int:
         """Rows, withdrawn ones among them: N + A."""
-        return len(self._tie_rank)
+        return len(self._table.tie_rank)
 
     @property
     def width(self) -> int:
@@ -157,260 +154,134 @@ class Searcher:
             FilterError: as `check`.
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        batch = _Batch.of(queries, ks, excluded, len(self))
-        shape = len(queries), max(ks, default=0)
-        answers = Answers(
-            rows=np.full(shape, -1, np.int64),
-            scores=np.full(shape, -np.inf, np.float32),
-            plans=np.zeros(shape[0], np.int8),
-            eligible=np.zeros(shape[0], np.int64),
-        )
-        if filters is None:
-            self._search_group(batch, np.arange(len(queries)), None, answers, exact)
-            return answers
+        assert len(ks) == len(queries)
+        assert excluded is None or len(excluded) == len(queries)
         groups: dict[str, list[int]] = {}
-        for b, filter_ in enumerate(filters):
+        for b, filter_ in enumerate(filters or ()):
             groups.setdefault(str(filter_), []).append(b)
+        if len(groups) <= 1:
+            return self._search_group(queries, ks, excluded, filters[0] if filters else None, exact)
+        answers = _no_answers(len(queries), max(ks))
         for members in groups.values():
-            self._search_group(batch, np.array(members), filters[members[0]], answers, exact)
+            assert filters is not None
+            theirs = None if excluded is None else [excluded[b] for b in members]
+            found = self._search_group(queries[members], [ks[b] for b in members], theirs, filters[members[0]], exact)
+            columns = found.rows.shape[1]
+            answers.rows[members, :columns], answers.scores[members, :columns] = found.rows, found.scores
+            answers.plans[members], answers.eligible[members] = found.plans, found.eligible
         return answers
 
     def _search_group(
         self,
-        batch: "_Batch",
-        members: NDArray[np.int64],
-        filter_: Filter | None,
-        answers: Answers,
-        exact: bool,
-    ) -> None:
-        """Answer the queries of one filter."""
-        indexed, added = (part.eligible(filter_) for part in (self._indexed, self._added))
-        lost_indexed = batch.excluded_of(indexed, 0, self._count)
-        lost_added = batch.excluded_of(added, self._count, len(self))
-        from_index = np.minimum(batch.ks, indexed.count - lost_indexed)
-        eligible = indexed.count + added.count - lost_indexed - lost_added
-        goal = _Goal(
-            indexed=indexed,
-            added=added,
-            from_index=from_index,
-            wanted=np.minimum(batch.ks, eligible),
-        )
-        answers.eligible[members] = eligible[members]
-        members = members[goal.wanted[members] > 0]
-        needs = depth_class(batch.ks + np.maximum(lost_indexed, lost_added) + _SPARE)
-        for need in sorted(set(needs[members].tolist())):
-            pending = members[needs[members] == need]
-            first = self._planner.scan(need, indexed.count) if exact else self._planner.first(need, indexed.count)
-            step, spare, retry = first, _SPARE, False
-            while len(pending):
-                fetch_added = added.count if retry else min(need, added.count)
-                settled = [
-                    self._attempt(batch, part, goal, step, fetch_added, spare, answers)
-                    for part in self._portions(pending, step.fetch + fetch_added)
-                ]
-                pending = pending[~np.concatenate(settled)]
-                if not len(pending):
-                    break
-                step, spare, retry = self._planner.after(step, need, indexed.count), spare * _SPARE_GROWTH, True
-
-    def _portions(self, members: NDArray[np.int64], fetch: int) -> Iterator[NDArray[np.int64]]:
-        size = max(1, _GATHERED // (max(fetch, 1) * self.width))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
-
-    def _attempt(
-        self,
-        batch: "_Batch",
-        members: NDArray[np.int64],
-        goal: "_Goal",
-        step: Step,
-        fetch_added: int,
-        spare: int,
-        answers: Answers,
-    ) -> NDArray[np.bool_]:
-        """Search once and write down the answers that this determines; which queries have one: bool `[members]`."""
-        queries = batch.queries[members]
-        found = self._fetch(queries, goal, step, fetch_added)
-        keep = found.rows >= 0
-        if len(batch.keys):
-            keep &= ~batch.excludes(members, found.rows)
-        if step.plan is Plan.INDEX and goal.indexed.count < self._count:
-            keep &= goal.includes(np.maximum(found.rows, 0), self._count)
-        wanted, from_index = goal.wanted[members], goal.from_index[members]
-        whole = step.plan is Plan.SCAN and step.fetch == goal.indexed.count and fetch_added == goal.added.count
-        width = found.rows.shape[1] if whole else min(found.rows.shape[1], int(wanted.max()) + spare)
-        kept = found.compact(keep, width)
-        of_index = keep & (found.rows < self._count) if fetch_added else keep
-        full = np.count_nonzero(of_index, axis=1) >= from_index
-        full &= np.count_nonzero(kept.rows >= 0, axis=1) >= wanted
-        places, last = np.arange(len(members)), np.minimum(wanted, width) - 1
-        margin = _ROUNDING * np.sqrt(np.einsum("bd,bd->b", queries, queries))
-        settled = full & (kept.scores[places, last] > kept.cut + margin)
-        is_true = self._backend.true_scores and step.plan is not Plan.SCAN and not fetch_added
-        rows, scores = self._in_order(kept.rows, kept.scores if is_true else self._scores_of(queries, kept.rows))
-        if step.plan is Plan.SELECTOR:
-            settled &= ~self._planner.too_deep(queries, scores[places, last], step, goal.indexed.count)
-        columns = min(width, answers.rows.shape[1])
-        answered = (np.arange(columns) < wanted[:, None]) & settled[:, None]
-        for into, found_ in ((answers.rows, rows), (answers.scores, scores)):
-            into[members, :columns] = np.where(answered, found_[:, :columns], into[members, :columns])
-        answers.plans[members[settled]] = step.plan
-        return settled
-
-    def _fetch(self, queries: NDArray[np.float32], goal: "_Goal", step: Step, fetch_added: int) -> "_Candidates":
-        """Candidates of the index and of the added items, best first."""
-        cut = np.full(len(queries), -np.inf, np.float32)
-        parts = []
-        if step.fetch:
-            if step.plan is Plan.SCAN:
-                parts.append(self._scan(queries, goal.indexed, step.fetch))
-                limit = goal.indexed.count
-            else:
-                allowed = goal.indexed.bitmap if step.plan is Plan.SELECTOR else None
-                found = self._backend.search(queries, step.fetch, allowed=allowed, effort=step.effort)
-                parts.append((found.rows, found.scores))
-                limit = self._backend.count
-            if step.fetch < limit:
-                # Whatever was not fetched scores no better than the last that was; −∞ where there was no last.
-                np.copyto(cut, parts[0][1][:, -1], where=parts[0][0][:, -1] >= 0)
-        if fetch_added:
-            rows, scores = self._added.scanner.scan(queries, fetch_added, goal.added)
-            parts.append((rows + self._count, scores))
-            if fetch_added < goal.added.count:
-                cut = np.maximum(cut, scores[:, -1])
-        if len(parts) == 1:
-            return _Candidates(*parts[0], cut)
-        rows, scores = (np.hstack(columns) for columns in zip(*parts, strict=True))
-        order = np.argsort(-scores, axis=1, kind="stable")
-        return _Candidates(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1), cut)
-
-    def _scan(
-        self, queries: NDArray[np.float32], eligible: Eligible, fetch: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The best of some items of the index by scoring them all."""
-        if eligible.count == self._count and math.isfinite(effort := self._backend.exact_from):
-            found = self._backend.search(queries, fetch, effort=effort)
-            return found.rows, found.scores
-        return self._indexed.scanner.scan(queries, fetch, eligible)
-
-    def _scores_of(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Candidates' true scores; −∞ of −1."""
-        indexed = np.where(rows < self._count, rows, 0) if len(self) > self._count else rows
-        gathered = np.asarray(self._backend.vectors[indexed], np.float32)
-        if indexed is not rows:
-            added = np.nonzero(rows >= self._count)
-            gathered[added] = self._added.vectors[rows[added] - self._count]
-        # Not a matrix product: its rounding would depend on where in the matrix an item stands.
-        scores = np.einsum("bfd,bd->bf", gathered, queries)
-        scores[rows < 0] = -np.inf
-        return np.asarray(scores)
-
-    def _in_order(
-        self, rows: NDArray[np.int64], scores: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Candidates, best first, equal ones by tie rank; −1 come last."""
-        unsure = np.flatnonzero((scores[:, 1:] >= scores[:, :-1]).any(axis=1))
-        if len(unsure):
-            order = np.lexsort((self._tie_rank[rows[unsure]], -scores[unsure]), axis=1)
-            rows, scores = rows.copy(), scores.copy()
-            rows[unsure] = np.take_along_axis(rows[unsure], order, axis=1)
-            scores[unsure] = np.take_along_axis(scores[unsure], order, axis=1)
-        return rows, scores
-
-
-@dataclass(frozen=True, slots=True)
-class _Goal:
-    """What the queries of one filter want.
-
-    Attributes:
-        indexed: eligible items of the index.
-        added: eligible added items.
-        from_index: how many answers the index must be able to give each query of the batch, int64 `[B]`.
-        wanted: how many answers each gets, int64 `[B]`.
-    """
-
-    indexed: Eligible
-    added: Eligible
-    from_index: NDArray[np.int64]
-    wanted: NDArray[np.int64]
-
-    def includes(self, rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
-        """Whether rows of the index are eligible; added ones among them are by how they were fetched."""
-        return (rows >= count) | in_bitmap(self.indexed.bitmap, np.where(rows < count, rows, 0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidates:
-    """Fetched rows `[B, F]`, best first, −1 where there are none, and `cut` `[B]`: no row left out scores better."""
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    cut: NDArray[np.float32]
-
-    def compact(self, keep: NDArray[np.bool_], width: int) -> "_Candidates":
-        """The first `width` that are kept, `[B, width]`."""
-        if keep.all():
-            cut = self.cut if width == keep.shape[1] else np.maximum(self.cut, self.scores[:, width])
-            return _Candidates(self.rows[:, :width], self.scores[:, :width], cut)
-        place = np.cumsum(keep, axis=1) - 1
-        b, f = np.nonzero(keep & (place < width))
-        rows = np.full((len(keep), width), -1, np.int64)
-        scores = np.full((len(keep), width), -np.inf, np.float32)
-        rows[b, place[b, f]], scores[b, place[b, f]] = self.rows[b, f], self.scores[b, f]
-        cut = self.cut.copy()
-        b, f = np.nonzero(keep & (place == width))
-        cut[b] = np.maximum(cut[b], self.scores[b, f])
-        return _Candidates(rows, scores, cut)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Queries and what each excludes.
-
-    Attributes:
-        queries: `[B, D]`.
-        ks: answers wanted, int64 `[B]`.
-        owners: query of each excluded row, int64 `[X]`.
-        rows: the excluded rows, int64 `[X]`.
-        keys: owner · span + row, ascending, int64 `[X]`.
-        span: more than any row.
-    """
-
-    queries: NDArray[np.float32]
-    ks: NDArray[np.int64]
-    owners: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    keys: NDArray[np.int64]
-    span: int
-
-    @classmethod
-    def of(
-        cls,
         queries: NDArray[np.float32],
         ks: Sequence[int],
         excluded: Sequence[NDArray[np.int64]] | None,
-        span: int,
-    ) -> "_Batch":
-        assert len(ks) == len(queries)
-        if excluded is None:
-            nothing = np.empty(0, np.int64)
-            return cls(queries, np.asarray(ks, np.int64), nothing, nothing, nothing, span)
-        assert len(excluded) == len(queries)
-        owners = np.repeat(np.arange(len(queries)), [len(rows) for rows in excluded])
-        rows = np.concatenate([*excluded, np.empty(0, np.int64)]).astype(np.int64, copy=False)
-        keys = np.sort(owners * span + rows)
-        return cls(queries, np.asarray(ks, np.int64), owners, rows, keys, span)
+        filter_: Filter | None,
+        exact: bool,
+    ) -> Answers:
+        """Answer queries of one filter."""
+        indexed, added = self._indexed.eligible(filter_), self._added.eligible(filter_)
+        answers, k, lost = (
+            _no_answers(len(queries), max(ks, default=0)),
+            np.asarray(ks, np.int64),
+            Excluded.of(excluded),
+        )
+        of_index: int | NDArray[np.int64] = indexed.count
+        need = k + _SPARE
+        answers.eligible.fill(indexed.count + added.count)
+        if lost is not None:
+            lost_indexed = lost.count(indexed.bitmap, 0, self._count)
+            lost_added = lost.count(added.bitmap, self._count, len(self))
+            of_index = indexed.count - lost_indexed
+            need += np.maximum(lost_indexed, lost_added)
+            answers.eligible[:] -= lost_indexed + lost_added
+        goal = Goal(
+            queries=queries,
+            wanted=np.minimum(k, answers.eligible),
+            from_index=np.minimum(k, of_index),
+            excluded=lost,
+            allowed=indexed.bitmap,
+        )
+        needs = depth_class(need)
+        needs[goal.wanted == 0] = 0
+        for depth in sorted(set(needs.tolist()) - {0}):
+            pending, fetch_added = (needs == depth).nonzero()[0], min(depth, added.count)
+            for step in self._planner.steps(depth, indexed.count, exact):
+                settled = [
+                    self._attempt(goal, members, indexed, added, step, fetch_added, answers)
+                    for members in _portions(pending, step.fetch + fetch_added)
+                ]
+                pending, fetch_added = pending[~np.concatenate(settled)], added.count
+                if not len(pending):
+                    break
+        return answers
 
-    def excluded_of(self, eligible: Eligible, begin: int, end: int) -> NDArray[np.int64]:
-        """How many of the eligible rows of `begin:end` each query excludes, int64 `[B]`."""
-        if len(self.rows) == 0:
-            return np.zeros(len(self.queries), np.int64)
-        inside = (self.rows >= begin) & (self.rows < end)
-        owners = self.owners[inside][in_bitmap(eligible.bitmap, self.rows[inside] - begin)]
-        return np.bincount(owners, minlength=len(self.queries))
+    def _attempt(
+        self,
+        goal: Goal,
+        members: NDArray[np.int64],
+        indexed: Eligible,
+        added: Eligible,
+        step: Step,
+        fetch_added: int,
+        answers: Answers,
+    ) -> NDArray[np.bool_]:
+        """Search once and write down the answers that this determines; which queries have one: bool `[members]`."""
+        queries = goal.queries if len(members) == len(goal.queries) else goal.queries[members]
+        of_index = self._fetch(queries, indexed, step) if step.fetch else None
+        of_added = None
+        if fetch_added:
+            rows, scores = self._added.scanner.scan(queries, fetch_added, added)
+            of_added = _fetched(rows, scores, fetch_added == added.count)
+        settled = settle(
+            self._table,
+            goal,
+            members,
+            of_index,
+            of_added,
+            check_index=step.plan is Plan.INDEX and indexed.count < self._count,
+            are_true=self._backend.true_scores and step.plan is not Plan.SCAN and not fetch_added,
+            answers=answers,
+        )
+        if step.plan is Plan.SELECTOR:
+            last = answers.scores[members, goal.wanted[members] - 1]
+            settled &= ~self._planner.too_deep(queries, last, step, indexed.count)
+        answers.plans[members] = step.plan
+        return settled
 
-    def excludes(self, members: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some queries' rows `[members, F]` they exclude; there are excluded rows."""
-        keys = members[:, None] * self.span + rows
-        places = np.minimum(np.searchsorted(self.keys, keys.ravel()), len(self.keys) - 1)
-        return (self.keys[places] == keys.ravel()).reshape(rows.shape)
+    def _fetch(self, queries: NDArray[np.float32], indexed: Eligible, step: Step) -> Fetched:
+        """Candidates of the index."""
+        backend = self._backend
+        if step.plan is not Plan.SCAN:
+            allowed = indexed.bitmap if step.plan is Plan.SELECTOR else None
+            found = backend.search(queries, step.fetch, allowed=allowed, effort=step.effort)
+            return _fetched(found.rows, found.scores, step.fetch >= backend.count)
+        complete = step.fetch == indexed.count
+        if indexed.count == self._count and math.isfinite(effort := backend.exact_from):
+            found = backend.search(queries, step.fetch, effort=effort)
+            return _fetched(found.rows, found.scores, complete)
+        return _fetched(*self._indexed.scanner.scan(queries, step.fetch, indexed), complete)
+
+
+def _no_answers(queries: int, columns: int) -> Answers:
+    shape = queries, columns
+    answers = Answers(
+        rows=np.empty(shape, np.int64),
+        scores=np.empty(shape, np.float32),
+        plans=np.zeros(queries, np.int8),
+        eligible=np.empty(queries, np.int64),
+    )
+    answers.rows.fill(-1)
+    answers.scores.fill(-np.inf)
+    answers.eligible.fill(0)
+    return answers
+
+
+def _fetched(rows: NDArray[np.int64], scores: NDArray[np.float32], complete: bool) -> Fetched:
+    return Fetched(np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(scores, np.float32), complete)
+
+
+def _portions(members: NDArray[np.int64], fetch: int) -> list[NDArray[np.int64]]:
+    """Members in turns of so many that their candidates are not too many at once."""
+    size = max(1, _FETCHED // max(fetch, 1))
+    return [members] if len(members) <= size else [members[at : at + size] for at in range(0, len(members), size)]

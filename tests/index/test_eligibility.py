@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from retrieval.data.vocabulary import Vocabulary
 from retrieval.errors import FilterError, InputError
-from retrieval.index import codes_backend, exact
+from retrieval.index import codes_backend, exact, settle
 from retrieval.index.attributes import Attributes
 from retrieval.index.backend import Index
 from retrieval.index.builder import build_index
@@ -176,7 +176,7 @@ def test_answers_are_full_allowed_true_and_in_order(
     monkeypatch: pytest.MonkeyPatch, spec: IndexSpec, plain: bool, plan: Plan
 ) -> None:
     if plain:
-        for module in (codes_backend, exact):
+        for module in (codes_backend, exact, settle):
             monkeypatch.setattr(module, "library", lambda: None)
 
     @settings(max_examples=25, deadline=None)
