@@ -111,14 +111,18 @@ def _night(parsed: argparse.Namespace, folder: Path, items: Path) -> dict[str, o
 
 
 def _row(night: str, report: dict[str, object]) -> dict[str, object]:
-    seconds, memory, vocabulary = report["seconds"], report["memory_mb"], report["vocabulary"]
+    seconds, cpu = report["seconds"], report["cpu_seconds"]
+    memory, vocabulary = report["memory_mb"], report["vocabulary"]
     assert isinstance(seconds, dict)
+    assert isinstance(cpu, dict)
     assert isinstance(memory, dict)
     assert isinstance(vocabulary, dict)
     row: dict[str, object] = {"night": night, "events": report["events"], "users": report["users"]}
     row["items"] = vocabulary["items"]
     row["seconds"] = round(sum(seconds.values()), 1)
+    row["cpu_seconds"] = round(sum(cpu.values()), 1)
     row |= {f"{stage}_s": seconds[stage] for stage in STAGES}
+    row |= {f"{stage}_cpu_s": cpu[stage] for stage in STAGES}
     return row | {f"{stage}_mb": memory[stage] for stage in STAGES}
 
 

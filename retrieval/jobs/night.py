@@ -48,12 +48,14 @@ class Clock:
     Attributes:
         on_stage: called with a stage's name.
         seconds: by stage.
+        cpu_seconds: of all threads of the process, by stage.
         memory_mb: the most that the process had resident within the stage; up to its end, where the system does not
             begin to count anew.
     """
 
     on_stage: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[str, int] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -63,9 +65,10 @@ class Clock:
         # Linux forgets a process's peak for a 5 written there.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        begun = time.monotonic()
+        begun, worked = time.monotonic(), time.process_time()
         yield
         self.seconds[name] = round(time.monotonic() - begun, 2)
+        self.cpu_seconds[name] = round(time.process_time() - worked, 2)
         self.memory_mb[name] = _peak_mb()
 
 

@@ -224,7 +224,7 @@ def rebuild(
             version = publish_candidate(candidate, registry, report, results)
             registry.prune(config.keep)
         # The snapshot's own report cannot tell how long it took to publish it.
-        report |= {"seconds": clock.seconds, "memory_mb": clock.memory_mb}
+        report |= {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "memory_mb": clock.memory_mb}
         keep_report(work, folder, report, f"published as {version}")
         return Night(version=version, report=report, folder=folder)
 

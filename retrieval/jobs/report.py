@@ -93,6 +93,7 @@ def night_report(
         "losses": {name: _losses(folder / "tensorboard") for name, folder in trainings.items()},
         "nights": told[-_NIGHTS_TOLD:],
         "seconds": dict(clock.seconds),
+        "cpu_seconds": dict(clock.cpu_seconds),
         "memory_mb": dict(clock.memory_mb),
     }
 

@@ -334,11 +334,11 @@ def retrieved_from(message: pb.RetrieveResponse) -> Retrieved:
     )
 
 
-def result_to(outcome: Retrieved | Exception, *, string_ids: bool) -> pb.RetrieveResult:
-    """What became of one request among several, as a message; `string_ids` as of `retrieved_to`."""
-    if isinstance(outcome, Retrieved):
-        return pb.RetrieveResult(response=retrieved_to(outcome, string_ids=string_ids))
-    return pb.RetrieveResult(error=error_to(outcome))
+def result_to(outcome: pb.RetrieveResponse | Exception) -> pb.RetrieveResult:
+    """What became of one request among several, as a message."""
+    if isinstance(outcome, Exception):
+        return pb.RetrieveResult(error=error_to(outcome))
+    return pb.RetrieveResult(response=outcome)
 
 
 def batch_from(message: pb.BatchRetrieveResponse) -> list[Retrieved | RetrievalError]:

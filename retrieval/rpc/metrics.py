@@ -39,7 +39,7 @@ class Metrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         stages = Histogram(
-            "retrieval_stage_seconds", "Time by stage: encode and search per batch, the others per call.", ["stage"],
+            "retrieval_stage_seconds", "Time by stage: queue per call, the others per batch.", ["stage"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         # Looked up once: `labels` costs more than the observation.

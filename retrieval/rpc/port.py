@@ -8,6 +8,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from retrieval.errors import InputError
+from retrieval.rpc.accept import accepting_ahead
 from retrieval.rpc.health import Health
 
 __all__ = ["Port"]
@@ -38,7 +39,8 @@ class Port:
         self._port, self._credentials = port, credentials
         # Otherwise a second server on a taken port would silently share its calls.
         alone = ("grpc.so_reuseport", 0)
-        self._server = grpc.aio.server(options=[*options, alone], interceptors=interceptors)
+        with accepting_ahead():
+            self._server = grpc.aio.server(options=[*options, alone], interceptors=interceptors)
         self._names: list[str] = []
 
     @property

@@ -96,9 +96,10 @@ class UserEvents:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Moments of a request, in seconds of `time.perf_counter`: when it came, and when it was ready to be worked on."""
+    """Moments of a request, by `time.perf_counter`: when it came, when decoding it began, and when it was checked."""
 
     came: float
+    began: float
     ready: float
 
 

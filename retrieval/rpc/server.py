@@ -1,56 +1,36 @@
-"""The gRPC server: decoding and checking on the event loop, encoding and searching on one worker thread."""
+"""The gRPC server: its ports, the snapshot that it follows, and how it begins and ends."""
 
 import asyncio
 import gc
 import logging
-import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-import faiss
 import grpc
-import torch
 from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import start_http_server
 
-from retrieval.errors import InputError, RetrievalError
+from retrieval.errors import InputError
 from retrieval.histories.store import HistoryStore
 from retrieval.rpc._generated.retrieval.v1 import retrieval_pb2 as pb
 from retrieval.rpc.admin import ADMIN_DESCRIPTOR, Admin
-from retrieval.rpc.batcher import Batcher
-from retrieval.rpc.convert import (
-    batch_request_from,
-    embed_request_from,
-    embedded_to,
-    result_to,
-    retrieve_request_from,
-    retrieved_to,
-    state_to,
-)
-from retrieval.rpc.convert_record import record_request_from, recorded_to
-from retrieval.rpc.errors import OverloadedError
-from retrieval.rpc.handler import Method, handlers_of, parsed
+from retrieval.rpc.calls import Calls, limit_threads
+from retrieval.rpc.handler import Method, handlers_of
 from retrieval.rpc.health import Health
 from retrieval.rpc.loop import new_event_loop
 from retrieval.rpc.metrics import Metrics
 from retrieval.rpc.port import Port
-from retrieval.rpc.prepare import Limits, PreparedRetrieve
-from retrieval.rpc.recall import RecallSampler
 from retrieval.rpc.reload import Reloader
-from retrieval.rpc.requests import Embedded, EmbedRequest, Retrieved, RetrieveRequest, StoredUser
 from retrieval.rpc.security import Tokens, server_credentials
 from retrieval.rpc.server_config import AdminConfig, ServerConfig
-from retrieval.rpc.service import Answer, Prepared, RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
-from retrieval.rpc.status import reason_of
 from retrieval.rpc.tracing import exported_traces
 from retrieval.snapshot.registry import Registry, storage_at
 
@@ -89,21 +69,7 @@ class Server:
     ) -> None:
         self._config = config
         self._metrics = Metrics()
-        self._service = RetrievalService(histories, _within(config), metrics=self._metrics)
-        self._batcher: Batcher[Prepared, Answer] = Batcher(
-            self._service.answer,
-            max_batch=config.max_batch,
-            capacity=config.capacity,
-            client_capacity=config.client_capacity,
-            prepare_thread=partial(_limit_threads, config.threads),
-            on_batch=self._metrics.batch,
-        )
-        self._metrics.waiting.set_function(lambda: self._batcher.waiting)
-        self._metrics.in_hand.set_function(lambda: self._batcher.in_hand)
-        self._recall = RecallSampler(config.recall_share, self._metrics.recall, partial(_limit_threads, 1))
         self._scrapes: tuple[WSGIServer, threading.Thread] | None = None
-        self._recording = 0
-        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="histories")
         self._registry = Registry(config.registry, storage_at(config.registry, config.cache))
         self._reloader = Reloader(
             self._registry,
@@ -112,12 +78,13 @@ class Server:
             on_change=self._announce,
             on_refusal=self._metrics.snapshot_refused,
             # Loading may take its time; the calls beside it may not.
-            prepare_thread=partial(_limit_threads, 1),
+            prepare_thread=partial(limit_threads, 1),
         )
+        self._calls = Calls(config, histories, self._metrics, lambda: self._reloader.live)
         self._health = Health(SERVICE)
         self._following: asyncio.Task[None] | None = None
         self._stopping = False
-        self._calls, self._health_alone, self._admin = self._open(interceptors)
+        self._port, self._health_alone, self._admin = self._open(interceptors)
 
     def _open(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> tuple[Port, Port | None, Port | None]:
         """The ports of calls, of health and of the admin service."""
@@ -140,7 +107,7 @@ class Server:
             return handlers_of(service, methods, metrics=self._metrics, tokens=tokens, certificates=certificates)
 
         calls, health, admin = Port(config.host, config.port, credentials, options, interceptors), None, None
-        calls.offer(SERVICE, handlers(_DESCRIPTOR, self._methods(), config.tokens))
+        calls.offer(SERVICE, handlers(_DESCRIPTOR, self._calls.methods, config.tokens))
         calls.offer_health(self._health)
         if config.health_port is not None:
             health = Port(config.host, config.health_port, None, options)
@@ -157,7 +124,7 @@ class Server:
     @property
     def address(self) -> str:
         """HOST:PORT that a client on this machine can use."""
-        return self._calls.address
+        return self._port.address
 
     @property
     def health_address(self) -> str | None:
@@ -171,7 +138,7 @@ class Server:
 
     @property
     def _ports(self) -> list[Port]:
-        return [port for port in (self._health_alone, self._calls, self._admin) if port is not None]
+        return [port for port in (self._health_alone, self._port, self._admin) if port is not None]
 
     @property
     def metrics_address(self) -> str | None:
@@ -223,140 +190,13 @@ class Server:
         self._health.close()
         await asyncio.gather(*(port.stop(self._config.grace_seconds) for port in self._ports))
         self._reloader.close()
-        self._lookups.shutdown(wait=False, cancel_futures=True)
-        self._batcher.close()
-        self._recall.close()
+        self._calls.close()
         if self._scrapes is not None:
             server, thread = self._scrapes
             server.shutdown()
             server.server_close()
             thread.join()
         _log.info("stopped")
-
-    def _methods(self) -> dict[str, Method]:
-        return {
-            "Retrieve": self._retrieve,
-            "BatchRetrieve": self._batch_retrieve,
-            "EmbedUsers": self._embed_users,
-            "RecordEvents": self._record_events,
-            "GetServingState": self._serving_state,
-        }
-
-    async def _retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        def decode() -> RetrieveRequest:
-            return retrieve_request_from(parsed(pb.RetrieveRequest, content))
-
-        answer, serving = await self._answer(decode, context, client)
-        assert isinstance(answer, Retrieved)
-        with self._metrics.stage("answer"):
-            return retrieved_to(answer, string_ids=serving.string_ids).SerializeToString()
-
-    async def _batch_retrieve(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        """Each request is a job of its own, so that clients take turns by request and not by call."""
-        came = time.perf_counter()
-        message = parsed(pb.BatchRetrieveRequest, content)
-        self._service.check_batch(len(message.requests))
-        loop, deadline = asyncio.get_running_loop(), _deadline(context)
-        with self._batcher.slot(client, len(message.requests)):
-            serving = self._reloader.live
-
-            def prepare() -> list[Prepared | RetrievalError]:
-                return self._service.prepare_batch(serving, batch_request_from(message), came)
-
-            prepared = await loop.run_in_executor(self._lookups, prepare)
-            self._metrics.took("decode", time.perf_counter() - came)
-            outcomes = await asyncio.gather(*(self._outcome(one, deadline, client) for one in prepared))
-        with self._metrics.stage("answer"):
-            results = []
-            for outcome in outcomes:
-                results.append(result_to(outcome, string_ids=serving.string_ids))
-                # Many long answers would hold up every other call.
-                await asyncio.sleep(0)
-            return pb.BatchRetrieveResponse(results=results).SerializeToString()
-
-    async def _outcome(
-        self, prepared: Prepared | RetrievalError, deadline: float | None, client: str
-    ) -> Retrieved | Exception:
-        """What becomes of one request of a BatchRetrieve: nothing that happens to it touches the others."""
-        try:
-            if isinstance(prepared, RetrievalError):
-                raise prepared
-            answer = await self._submit(prepared, deadline, client)
-        except Exception as error:
-            self._metrics.rejected(reason_of(error))
-            return error
-        assert isinstance(answer, Retrieved)
-        return answer
-
-    async def _embed_users(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        def decode() -> EmbedRequest:
-            return embed_request_from(parsed(pb.EmbedUsersRequest, content))
-
-        answer, _ = await self._answer(decode, context, client)
-        assert isinstance(answer, Embedded)
-        with self._metrics.stage("answer"):
-            return embedded_to(answer).SerializeToString()
-
-    async def _record_events(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        if self._recording >= self._config.capacity:
-            raise OverloadedError(f"{self._recording} RecordEvents calls are in hand, as many as this server takes")
-        self._recording += 1
-        try:
-            request = record_request_from(parsed(pb.RecordEventsRequest, content))
-            answer, done = self._service.begin_recording(self._reloader.live, request)
-            await asyncio.wrap_future(done)
-        finally:
-            self._recording -= 1
-        return recorded_to(answer).SerializeToString()
-
-    async def _serving_state(self, content: bytes, context: grpc.aio.ServicerContext, client: str) -> bytes:
-        parsed(pb.GetServingStateRequest, content)
-        return state_to(self._service.state(self._reloader.live)).SerializeToString()
-
-    async def _answer(
-        self, decode: Callable[[], RetrieveRequest | EmbedRequest], context: grpc.aio.ServicerContext, client: str
-    ) -> tuple[Answer, ServingSnapshot]:
-        """Answer a request, which is not even decoded where there is no slot for it: refusing must be cheap."""
-        loop, start, deadline = asyncio.get_running_loop(), time.perf_counter(), _deadline(context)
-        with self._batcher.slot(client):
-            request, serving = decode(), self._reloader.live
-            if isinstance(request, EmbedRequest) or isinstance(request.user, StoredUser):
-                # Stored histories may block, and many users take long to check.
-                prepared = await loop.run_in_executor(self._lookups, self._service.prepare, serving, request, start)
-            else:
-                prepared = self._service.prepare(serving, request, start)
-            self._metrics.took("decode", time.perf_counter() - start)
-            return await self._submit(prepared, deadline, client), serving
-
-    async def _submit(self, prepared: Prepared, deadline: float | None, client: str) -> Answer:
-        answer = await self._batcher.submit(prepared, deadline, client)
-        if isinstance(prepared, PreparedRetrieve) and isinstance(answer, Retrieved):
-            self._recall.offer(prepared, answer)
-            if answer.shortfall:
-                self._metrics.fell_short()
-        return answer
-
-
-def _deadline(context: grpc.aio.ServicerContext) -> float | None:
-    """When a call's deadline passes, by the event loop's clock; None if it has none."""
-    remaining = context.time_remaining()
-    return asyncio.get_running_loop().time() + remaining if remaining is not None else None
-
-
-def _limit_threads(threads: int | None) -> None:
-    """Set how many threads torch and Faiss use when they are called from this thread."""
-    if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Fewer, if OMP_NUM_THREADS says so.
-        threads = min(torch.get_num_threads(), max(1, cores - 1))
-    torch.set_num_threads(threads)
-    faiss.omp_set_num_threads(threads)
-
-
-def _within(config: ServerConfig) -> Limits:
-    """Limits with no more requests in a BatchRetrieve than its client may have in hand."""
-    in_hand = min(config.capacity, config.client_capacity or config.capacity)
-    return config.limits.model_copy(update={"max_batch": min(config.limits.max_batch, in_hand)})
 
 
 async def _serve(

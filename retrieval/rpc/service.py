@@ -101,11 +101,13 @@ class RetrievalService:
             UnknownUserError: no history of a stored user is held.
             NoHistoriesError: a stored user is named, but there is no store.
         """
-        now, came = int(self._clock()), came if came is not None else time.perf_counter()
+        now, began = int(self._clock()), time.perf_counter()
         if isinstance(request, RetrieveRequest):
             user = self._look_up(serving, request.user, "")
             prepared = prepare_retrieve(serving, request, user, now=now, limits=self._limits)
-            return replace(prepared, trace=Trace(came, time.perf_counter())) if request.debug else prepared
+            if not request.debug:
+                return prepared
+            return replace(prepared, trace=Trace(began if came is None else came, began, time.perf_counter()))
         # Refuse too many users before looking any of them up.
         wanted = request.users if len(request.users) <= self._limits.max_users else [None] * len(request.users)
         users = [self._look_up(serving, user, f"users[{place}].") for place, user in enumerate(wanted)]
@@ -277,8 +279,8 @@ class _Times:
         debug = replace(
             answer.debug,
             batch_size=batch_size,
-            decode_seconds=one.trace.ready - one.trace.came,
-            queue_seconds=self.began - one.trace.ready,
+            decode_seconds=one.trace.ready - one.trace.began,
+            queue_seconds=self.began - one.trace.ready + one.trace.began - one.trace.came,
             encode_seconds=self.encoded - self.began,
             search_seconds=self.searched - self.encoded,
         )

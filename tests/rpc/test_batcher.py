@@ -49,6 +49,22 @@ def test_what_waits_while_the_worker_is_busy_is_run_together_in_order() -> None:
     run(scenario())
 
 
+def test_calls_that_come_in_one_turn_of_the_loop_after_the_other_share_a_batch() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        gate.open.set()
+        batcher = Batcher(gate, max_batch=4, capacity=100)
+        tasks = []
+        for number in range(4):
+            tasks.append(asyncio.create_task(batcher.submit(number)))
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*tasks) == [0, 2, 4, 6]
+        assert gate.batches == [[0, 1, 2, 3]]
+        batcher.close()
+
+    run(scenario())
+
+
 def test_a_cancelled_job_never_runs_and_leaves_the_queue_at_once() -> None:
     async def scenario() -> None:
         gate = Gate()

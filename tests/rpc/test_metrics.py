@@ -69,10 +69,12 @@ def test_served_calls_move_the_counters(integer_world: World) -> None:
         assert of(after, "calls_total", method="EmbedUsers", code="OK") == 1
         assert of(after, "call_seconds_count", method="Retrieve", code="OK") == 2
         assert of(after, "call_seconds_count", method="Retrieve", code="INVALID_ARGUMENT") == 1
-        for stage in ("decode", "queue", "encode", "answer"):
+        for stage in ("decode", "queue"):
+            assert of(after, "stage_seconds_count", stage=stage) == 4, f"{stage}: the refused call, too"
+        for stage in ("encode", "answer"):
             assert of(after, "stage_seconds_count", stage=stage) == 3, stage
         assert of(after, "stage_seconds_count", stage="search") == 2, "EmbedUsers searches nothing"
-        assert of(after, "batch_size_count") == of(after, "batch_size_sum") == 3
+        assert of(after, "batch_size_count") == of(after, "batch_size_sum") == 4
         assert of(after, "rejections_total", reason="INVALID_REQUEST") == 1
         assert of(after, "shortfalls_total") == 1
         assert of(after, "waiting_calls") == of(after, "calls_in_hand") == 0
