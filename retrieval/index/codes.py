@@ -32,10 +32,14 @@ __all__ = ["HEADERS", "SOURCES", "Codes", "library"]
 
 _FOLDER: Final = Path(__file__).parent
 SOURCES: Final = tuple(_FOLDER / f"{name}_native.cpp" for name in ("codes", "codes_encode", "settle"))
-HEADERS: Final = (_FOLDER / "codes_native.h",)
+HEADERS: Final = tuple(_FOLDER / f"codes_{name}.h" for name in ("native", "query", "tiles", "matrix"))
 
 _LANES: Final = 16
 """Items of a block."""
+_BEYOND: Final = 3 * _LANES
+"""Places after the last: the matrix unit multiplies four blocks at a time,"""
+_STEP: Final = 15 * 64
+"""and 16 groups of four dimensions: so many bytes more."""
 _PIECE: Final = 512
 """Items that queries score together where there are no lists: their codes stay in the processor's nearest cache."""
 _WORTH_A_THREAD: Final = 4_000_000
@@ -95,9 +99,9 @@ class Codes:
             counts = _pieces(count)
         starts = np.concatenate([[0], np.cumsum(-(-counts // _LANES))]).astype(np.int64)
         places = int(starts[-1]) * _LANES
-        codes = _aligned(places * groups * 4, np.uint8)
+        codes = _aligned((places + _BEYOND) * groups * 4 + _STEP, np.uint8)
         codes[:] = 128
-        scales = _aligned(places, np.float32)
+        scales = _aligned(places + _BEYOND, np.float32)
         scales[:] = 0
         rows = None if order is None else np.full(places, -1, np.int32)
         padded = None

@@ -54,7 +54,7 @@ def assert_exact(
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(1, 80) | st.integers(500, 3000),
-    width=st.sampled_from([1, 3, 8, 17, 50, 64]),
+    width=st.sampled_from([1, 3, 8, 17, 50, 64, 130]),
     k=st.sampled_from([1, 2, 100, 700]),
     batch=st.integers(1, 70),
     share=st.sampled_from([None, None, 0.0, 0.01, 0.5]),
@@ -75,6 +75,44 @@ def test_the_answers_are_those_of_scoring_everything(
         queries[0] = 0
     mask = None if share is None else rng.random(count) < share
     assert_exact(Codes(native, vectors), vectors, queries, k, mask)
+
+
+def portable() -> ctypes.CDLL:
+    found = compiled("codes-portable", SOURCES, "", ("-DRETRIEVAL_PORTABLE", "-O1"), HEADERS)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.mark.parametrize("width", [12, 50, 64, 130])
+@pytest.mark.parametrize("lists", [0, 6])
+def test_every_instruction_set_gives_the_same_answers(width: int, lists: int) -> None:
+    native = library()
+    if native is None:
+        pytest.skip("no C++ compiler")
+    rng = np.random.default_rng(width)
+    vectors, queries = unit(rng.normal(size=(9001, width))), unit(rng.normal(size=(45, width)))
+    vectors[5000:5040] = vectors[0]
+    some = np.packbits(rng.random(9001) < 0.4, bitorder="little")
+    around = build_lists(vectors, lists) if lists else None
+    parts = (around.centres, around.counts, around.order) if around is not None else ()
+    wide, plain = Codes(native, vectors, *parts), Codes(portable(), vectors, *parts)
+    for batch in (1, 5, 13, 45):  # one by one, by fours, in part of a tile of 16, in several
+        for allowed in (None, some):
+            mine, theirs = (one.search(queries[:batch], 100, 3, allowed) for one in (wide, plain))
+            np.testing.assert_array_equal(mine.rows, theirs.rows)
+            np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-6)
+
+
+def test_a_threshold_that_was_guessed_too_high_loses_nothing(native: ctypes.CDLL) -> None:
+    # Twenty items are like the queries, and all of them stand where the guess is made from.
+    rng = np.random.default_rng(8)
+    vectors, queries = unit(rng.normal(size=(20_000, 16))), unit(rng.normal(size=(6, 16)))
+    near = queries[0] + 0.01 * rng.normal(size=(20, 16))
+    vectors[np.arange(20) * 512] = unit(near)
+    for k in (10, 100):
+        assert_exact(Codes(native, vectors), vectors, queries, k, None)
+        assert_exact(Codes(native, vectors), vectors, queries[:1].repeat(20, axis=0), k, None)
 
 
 def test_more_equal_scores_than_fit_are_told_apart_by_row(native: ctypes.CDLL) -> None:
@@ -99,7 +137,7 @@ def test_a_query_that_is_not_finite_finds_nothing(native: ctypes.CDLL) -> None:
 def test_neither_threads_nor_batch_mates_change_an_answer(native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "_WORTH_A_THREAD", 1)
     rng = np.random.default_rng(1)
-    vectors, queries = unit(rng.normal(size=(5000, 24))), unit(rng.normal(size=(9, 24)))
+    vectors, queries = unit(rng.normal(size=(5000, 24))), unit(rng.normal(size=(30, 24)))
     vectors[100:2000] = vectors[100]
     lists = build_lists(vectors, 16)
     before = faiss.omp_get_max_threads()
@@ -109,7 +147,7 @@ def test_neither_threads_nor_batch_mates_change_an_answer(native: ctypes.CDLL, m
             for threads in (1, 2, 5):
                 faiss.omp_set_num_threads(threads)
                 answers.append(over.search(queries, 150, 5))
-                alone = [over.search(queries[b : b + 1], 150, 5) for b in range(9)]
+                alone = [over.search(queries[b : b + 1], 150, 5) for b in range(30)]
                 assert np.array_equal(np.concatenate([one.rows for one in alone]), answers[0].rows)
                 assert np.array_equal(np.concatenate([one.scores for one in alone]), answers[0].scores)
         finally:
