@@ -201,3 +201,59 @@ def test_a_job_that_cannot_start_before_its_deadline_is_refused_at_once_and_told
         batcher.close()
 
     run(scenario())
+
+
+def test_a_batch_is_begun_and_ended_on_the_loop_and_run_on_the_worker() -> None:
+    async def scenario() -> None:
+        threads: dict[str, set[str]] = {"begin": set(), "run": set(), "end": set()}
+
+        def begin(jobs: list[int]) -> list[str | Exception]:
+            threads["begin"].add(threading.current_thread().name)
+            return [ValueError("13 brings bad luck") if job == 13 else str(job) for job in jobs]
+
+        def work(jobs: list[str]) -> list[int | Exception]:
+            threads["run"].add(threading.current_thread().name)
+            assert "13" not in jobs
+            return [KeyError(job) if job == "4" else 2 * int(job) for job in jobs]
+
+        def end(jobs: list[str], found: Sequence[int | Exception]) -> list[str | Exception]:
+            threads["end"].add(threading.current_thread().name)
+            return [
+                one if isinstance(one, Exception) else f"{job}+{job}={one}"
+                for job, one in zip(jobs, found, strict=True)
+            ]
+
+        batcher: Batcher[int, str] = Batcher(work, begin=begin, end=end, max_batch=8, capacity=100)
+        answers = await asyncio.gather(*map(batcher.submit, (3, 13, 4, 5)), return_exceptions=True)
+        assert [answers[0], answers[3]] == ["3+3=6", "5+5=10"]
+        assert [type(answers[1]), type(answers[2])] == [ValueError, KeyError]
+        here = {threading.current_thread().name}
+        assert threads["begin"] == threads["end"] == here
+        assert threads["run"].isdisjoint(here)
+        # A batch of which nothing is left does not hold up the next one.
+        with pytest.raises(ValueError, match="bad luck"):
+            await batcher.submit(13)
+        assert await batcher.submit(6) == "6+6=12"
+        batcher.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("part", ["begin", "end"])
+def test_a_batch_that_cannot_be_begun_or_ended_fails_and_the_next_one_is_run(part: str) -> None:
+    def breaks(jobs: list[int], found: Sequence[int] | None = None) -> Sequence[int]:
+        if 13 in jobs:
+            raise ValueError("13 brings bad luck")
+        return found if found is not None else jobs
+
+    async def scenario() -> None:
+        begin, end = (breaks if part == one else None for one in ("begin", "end"))
+        batcher: Batcher[int, int] = Batcher(
+            lambda jobs: [2 * job for job in jobs], begin=begin, end=end, max_batch=2, capacity=100
+        )
+        answers = await asyncio.gather(*map(batcher.submit, (1, 13, 2, 3)), return_exceptions=True)
+        assert [type(answer) for answer in answers[:2]] == [ValueError, ValueError]
+        assert answers[2:] == [4, 6]
+        batcher.close()
+
+    run(scenario())
