@@ -69,7 +69,8 @@ class IndexBackend(Protocol):
         Args:
             queries: float32 `[B, D]`.
             k: answers per query, at most `max_k`.
-            allowed: packed bitmap of the rows to look at, lowest bit first, uint8 `[ceil(N / 8)]`; None for all.
+            allowed: packed bitmap of the rows to look at, lowest bit first, uint8 `[ceil(N / 8)]`; None for all. It
+                must not change while it is held: what is made of it may be kept.
             effort: how much harder to look than tuned, at least 1; an exact index ignores it.
 
         Returns:

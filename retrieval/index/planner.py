@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -40,7 +40,7 @@ _TOO_DEEP: Final = 2
 _GROWTH: Final = 4
 # First steps that are kept: working one out takes longer than most of what a search does in Python.
 _REMEMBERED: Final = 4096
-_CLASSES: Final = _TUNED_DEPTH * 4 ** np.arange(28)
+_CLASSES: Final = _TUNED_DEPTH * 2 ** np.arange(55)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class Step:
 
 
 def depth_class(need: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Depths rounded up to 128 times a power of 4: queries of one class are searched together.
+    """Depths rounded up to 128 times a power of 2: queries of one class are searched together.
 
     Rounding by class makes a query's depth, and with it an approximate answer, its own and not that of its batch.
     """
@@ -95,7 +95,7 @@ class Planner:
 
     def __init__(self, backend: IndexBackend, costs: Costs | None = None) -> None:
         self._backend, self._given = backend, costs
-        self.first = lru_cache(_REMEMBERED)(self._first)
+        self._firsts: dict[tuple[int, int], Step] = {}
 
     @cached_property
     def costs(self) -> Costs:
@@ -109,7 +109,7 @@ class Planner:
         return np.asarray(self._backend.vectors[::step], np.float32)
 
     def steps(self, need: int, survivors: int, exact: bool = False) -> Iterator[Step]:
-        """How to begin (`first`), and how to go on with queries that the step before left unanswered.
+        """How to begin, and how to go on with queries that the step before left unanswered.
 
         Args:
             need: candidates wanted of the survivors, a depth class.
@@ -121,7 +121,16 @@ class Planner:
             yield step
             step = self.after(step, need, survivors)
 
-    def _first(self, need: int, survivors: int) -> Step:
+    def first(self, need: int, survivors: int) -> Step:
+        """The first of `steps`."""
+        step = self._firsts.get((need, survivors))
+        if step is None:
+            if len(self._firsts) >= _REMEMBERED:
+                self._firsts.clear()
+            step = self._firsts[need, survivors] = self._cheapest(need, survivors)
+        return step
+
+    def _cheapest(self, need: int, survivors: int) -> Step:
         count = self._backend.count
         if survivors == 0:
             return _scanned(need, survivors)

@@ -54,3 +54,18 @@ def test_retired_rows_are_never_answers_and_all_others_are_found(plan: Plan, spe
             assert found.eligible[b] == eligible.sum()
             assert rows.tolist() == np.argsort(-scores, kind="stable")[:K].tolist()
     assert not searcher.meets(None, retired).any()
+
+
+def test_a_bitmap_is_translated_once_and_forgotten_with_it() -> None:
+    rng = np.random.default_rng(1)
+    vectors, query, served = unit(rng, N), unit(rng, 1), rng.random(N) < 0.6
+    backend = PartialBackend(build_index(vectors[served], IndexSpec()), vectors, np.flatnonzero(served))
+    for _ in range(20):  # later bitmaps may lie where earlier ones did
+        mask = rng.random(N) < 0.3
+        bitmap = np.packbits(mask, bitorder="little")
+        expected = np.argsort(np.where(mask & served, -(vectors @ query[0]), np.inf))[:K]
+        for _ in range(2):
+            assert backend.search(query, K, allowed=bitmap).rows[0].tolist() == expected.tolist()
+            assert len(backend._inner_bitmaps) == 1
+        del bitmap
+    assert not backend._inner_bitmaps

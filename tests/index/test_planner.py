@@ -29,8 +29,8 @@ def exact(backend: Index) -> Index:
 
 
 def test_depths_are_rounded_up_to_classes() -> None:
-    needs = np.array([0, 1, 128, 129, 512, 513, 2048, 2049])
-    assert depth_class(needs).tolist() == [128, 128, 128, 512, 512, 2048, 2048, 8192]
+    needs = np.array([0, 1, 128, 129, 256, 257, 2048, 2049])
+    assert depth_class(needs).tolist() == [128, 128, 128, 256, 256, 512, 2048, 4096]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Every index against a float64 oracle, ties compared as ties."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -108,3 +111,16 @@ def test_one_batch_may_ask_for_different_depths() -> None:
 def test_no_queries_give_no_answers() -> None:
     searcher = searcher_over(unit(np.random.default_rng(0), 5, 4), EXACT)
     assert searcher.search(np.empty((0, 4), np.float32), []).rows.shape == (0, 0)
+
+
+def test_a_searcher_that_is_let_go_lets_go_of_its_index_at_once() -> None:
+    vectors = unit(np.random.default_rng(5), 3000, 8)
+    searcher = searcher_over(vectors, EXACT)
+    searcher.search(vectors[:3], [10] * 3, [np.arange(700)] * 3)
+    index = weakref.ref(searcher._backend)
+    gc.disable()  # a snapshot's memory must not wait for the collector
+    try:
+        del searcher
+        assert index() is None
+    finally:
+        gc.enable()
