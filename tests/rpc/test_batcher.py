@@ -36,7 +36,7 @@ async def until(condition: Any) -> None:
 def test_what_waits_while_the_worker_is_busy_is_run_together_in_order() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=4, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=4, capacity=100)
         first = asyncio.create_task(batcher.submit(0))
         await until(lambda: gate.batches)
         rest = [asyncio.create_task(batcher.submit(number)) for number in range(1, 8)]
@@ -53,7 +53,7 @@ def test_calls_that_come_in_one_turn_of_the_loop_after_the_other_share_a_batch()
     async def scenario() -> None:
         gate = Gate()
         gate.open.set()
-        batcher = Batcher(gate, max_batch=4, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=4, capacity=100)
         tasks = []
         for number in range(4):
             tasks.append(asyncio.create_task(batcher.submit(number)))
@@ -68,7 +68,7 @@ def test_calls_that_come_in_one_turn_of_the_loop_after_the_other_share_a_batch()
 def test_a_cancelled_job_never_runs_and_leaves_the_queue_at_once() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=4, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=4, capacity=100)
         tasks = [asyncio.create_task(batcher.submit(0))]
         await until(lambda: gate.batches)
         tasks += [asyncio.create_task(batcher.submit(number)) for number in (1, 2, 3)]
@@ -89,7 +89,7 @@ def test_a_cancelled_job_never_runs_and_leaves_the_queue_at_once() -> None:
 def test_a_job_that_is_cancelled_in_the_moment_when_its_batch_starts_never_runs() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=4, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=4, capacity=100)
         gate.open.set()
         tasks = [asyncio.create_task(batcher.submit(number)) for number in (1, 2)]
         # Both jobs wait, and the start of their batch is the event loop's next step.
@@ -105,7 +105,7 @@ def test_a_job_that_is_cancelled_in_the_moment_when_its_batch_starts_never_runs(
 def test_a_job_whose_deadline_passes_while_it_waits_never_runs() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=4, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=4, capacity=100)
         now = asyncio.get_running_loop().time()
         first = asyncio.create_task(batcher.submit(0, now + 0.001))
         await until(lambda: gate.batches)
@@ -127,7 +127,7 @@ def test_a_job_whose_deadline_passes_while_it_waits_never_runs() -> None:
 def test_a_job_that_fails_does_not_fail_its_batch_mates() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=8, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=8, capacity=100)
         gate.open.set()
         answers = await asyncio.gather(*map(batcher.submit, (1, 13, 3)), return_exceptions=True)
         assert (answers[0], answers[2]) == (2, 6)
@@ -139,7 +139,7 @@ def test_a_job_that_fails_does_not_fail_its_batch_mates() -> None:
 
 
 def test_slots_beyond_the_capacity_are_refused_and_come_back() -> None:
-    batcher = Batcher(Gate(), max_batch=1, capacity=2)
+    batcher: Batcher[int, int] = Batcher(Gate(), max_batch=1, capacity=2)
     with batcher.slot():
         with batcher.slot(), pytest.raises(OverloadedError, match="2 calls are in hand"), batcher.slot():
             pass
@@ -151,7 +151,7 @@ def test_slots_beyond_the_capacity_are_refused_and_come_back() -> None:
 def test_clients_take_turns() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=3, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=3, capacity=100)
         tasks = [asyncio.create_task(batcher.submit(0))]
         await until(lambda: gate.batches)
         tasks += [asyncio.create_task(batcher.submit(number, client="greedy")) for number in range(1, 6)]
@@ -166,7 +166,7 @@ def test_clients_take_turns() -> None:
 
 
 def test_one_client_may_not_take_every_slot() -> None:
-    batcher = Batcher(Gate(), max_batch=1, capacity=3, client_capacity=1)
+    batcher: Batcher[int, int] = Batcher(Gate(), max_batch=1, capacity=3, client_capacity=1)
     with batcher.slot("a"):
         with pytest.raises(OverloadedError, match="1 calls of a are in hand"), batcher.slot("a"):
             pass
@@ -180,7 +180,7 @@ def test_one_client_may_not_take_every_slot() -> None:
 def test_a_job_that_cannot_start_before_its_deadline_is_refused_at_once_and_told_when_to_return() -> None:
     async def scenario() -> None:
         gate = Gate()
-        batcher = Batcher(gate, max_batch=2, capacity=100)
+        batcher: Batcher[int, int] = Batcher(gate, max_batch=2, capacity=100)
         batcher._batch_seconds = 50.0
         tasks = [asyncio.create_task(batcher.submit(0))]
         await until(lambda: gate.batches)
