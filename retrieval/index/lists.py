@@ -21,10 +21,10 @@ from retrieval.files import write_atomically
 
 __all__ = ["REACH", "Lists", "Report", "build_lists", "check_finite", "load_lists", "radii", "save_lists"]
 
-REACH: Final = 0.5
-"""Lists are looked into in the order of q·centre + REACH · |q| · radius: of two centres alike, the wider list may hold what
-is nearer to the query. At 1 that would bound what a list's items score, but hardly one lies straight towards the query.
-Measured: see docs/index.md."""
+REACH: Final = 0.3
+"""Lists are looked into in the order of q·centre + REACH · |q| · radius: of two centres alike, the wider list may hold
+what is nearer to the query. At 1 that would bound what a list's items score, but hardly one lies straight towards the
+query. Measured: see docs/index.md."""
 _SEED: Final = 1
 _ROUNDS: Final = 10
 _PER_CENTRE: Final = 256

@@ -195,7 +195,9 @@ def test_compiled_codes_know_how_far_lists_reach(native: ctypes.CDLL) -> None:
     vectors = unit(np.random.default_rng(9).normal(size=(1000, 20)))
     lists = build_lists(vectors, 7)
     made = Codes(native, vectors, lists.centres, lists.counts, lists.order)
-    np.testing.assert_allclose(made._held[-1][20, :7], REACH * radii(lists, vectors), rtol=1e-5)
+    centres = made._held[-1]
+    assert centres is not None
+    np.testing.assert_allclose(centres[20, :7], REACH * radii(lists, vectors), rtol=1e-5)
 
 
 def test_looking_into_every_list_is_exact() -> None:
