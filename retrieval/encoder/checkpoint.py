@@ -3,12 +3,14 @@
 The two are bound by the weights' SHA-256 in the JSON, so that halves of two checkpoints never load together.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from retrieval.config import Config
 from retrieval.encoder.build import build_encoder
@@ -22,6 +24,8 @@ __all__ = ["CHECKPOINT_FORMAT", "CheckpointInfo", "load_checkpoint", "read_info"
 
 CHECKPOINT_FORMAT = 1
 _JSON, _WEIGHTS = "encoder.json", "encoder.safetensors"
+# Of a table that are read at a time.
+_ROWS = 65_536
 
 
 class CheckpointInfo(Config):
@@ -85,7 +89,33 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[U
         raise CheckpointError(f"{weights}: is not the file that {_JSON} was written with")
     encoder = build_encoder(info.encoder)
     try:
-        encoder.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+        _read_weights(weights, encoder.state_dict())
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{weights}: does not fit {_JSON} ({error})") from None
     return encoder.to(device).eval(), info
+
+
+@torch.no_grad()
+def _read_weights(file: Path, state: Mapping[str, Tensor]) -> None:
+    """Fill tensors from a file, large ones in blocks, so that no table is in memory twice.
+
+    By numpy: safetensors 0.8's way to torch loses two Python objects per tensor, and a server that swaps snapshots all
+    year would never get them back.
+
+    Raises:
+        ValueError: the file holds other tensors.
+    """
+    with safe_open(file, "np") as reader:
+        # A reader is no mapping: iterating over it is not for names.
+        if (names := set(reader.keys())) != set(state):
+            raise ValueError(f"it holds other tensors, among them {min(names ^ set(state))}")
+        for name, tensor in state.items():
+            part = reader.get_slice(name)
+            if part.get_shape() != list(tensor.shape):
+                raise ValueError(f"{name} has shape {part.get_shape()}, not {list(tensor.shape)}")
+            if tensor.dim() < 2:
+                tensor.copy_(torch.from_numpy(reader.get_tensor(name)))
+                continue
+            for start in range(0, len(tensor), _ROWS):
+                end = min(start + _ROWS, len(tensor))
+                tensor[start:end].copy_(torch.from_numpy(part[start:end]))
