@@ -104,15 +104,24 @@ def test_every_instruction_set_gives_the_same_answers(width: int, lists: int) ->
             np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-6)
 
 
-def test_a_threshold_that_was_guessed_too_high_loses_nothing(native: ctypes.CDLL) -> None:
-    # Twenty items are like the queries, and all of them stand where the guess is made from.
+def test_a_threshold_that_was_guessed_too_high_loses_nothing(
+    native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seventeen items are like the queries, and all of them stand where the guess is made from.
     rng = np.random.default_rng(8)
-    vectors, queries = unit(rng.normal(size=(20_000, 16))), unit(rng.normal(size=(6, 16)))
-    near = queries[0] + 0.01 * rng.normal(size=(20, 16))
-    vectors[np.arange(20) * 512] = unit(near)
-    for k in (10, 100):
-        assert_exact(Codes(native, vectors), vectors, queries, k, None)
-        assert_exact(Codes(native, vectors), vectors, queries[:1].repeat(20, axis=0), k, None)
+    vectors, queries = unit(rng.normal(size=(80_000, 16))), unit(rng.normal(size=(6, 16)))
+    near = queries[0] + 0.01 * rng.normal(size=(17, 16))
+    vectors[np.arange(17) * 9 * 512] = unit(near)
+    monkeypatch.setattr(codes, "_WORTH_A_THREAD", 1)
+    before = faiss.omp_get_max_threads()
+    try:
+        for threads in (1, 9):  # in all items, and in the ninth of them that a thread searches for all queries
+            faiss.omp_set_num_threads(threads)
+            for k in (10, 100):
+                assert_exact(Codes(native, vectors), vectors, queries, k, None)
+                assert_exact(Codes(native, vectors), vectors, queries[:1].repeat(20, axis=0), k, None)
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_more_equal_scores_than_fit_are_told_apart_by_row(native: ctypes.CDLL) -> None:
