@@ -25,6 +25,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.index.lists import REACH
 from retrieval.native import address, compiled
 from retrieval.types import SearchResult
 
@@ -106,8 +107,8 @@ class Codes:
         rows = None if order is None else np.full(places, -1, np.int32)
         padded = None
         if centres is not None:
-            padded = np.zeros((width, math.ceil(len(centres) / _LANES) * _LANES), np.float32)
-            padded[:, : len(centres)] = centres.T
+            padded = np.zeros((width + 1, math.ceil(len(centres) / _LANES) * _LANES), np.float32)
+            padded[:width, : len(centres)] = centres.T
         self._native, self._width, self._sections, self._in_lists = native, width, len(counts), centres is not None
         self._products = places * width
         # What the structure points at must live as long as it.
@@ -126,8 +127,11 @@ class Codes:
             centres=_address(padded),
         )
         threads = min(faiss.omp_get_max_threads(), max(1, places * width // _ENCODED_BY_A_THREAD))
-        order_, *outputs = (ctypes.c_void_p(_address(array)) for array in (order, codes, scales, rows))
+        radii = None if padded is None else padded[width]
+        order_, *outputs = (ctypes.c_void_p(_address(array)) for array in (order, codes, scales, rows, radii))
         native.codes_encode(ctypes.byref(self._problem), order_, ctypes.c_int64(threads), *outputs)
+        if radii is not None:
+            radii *= REACH
         self.bytes = sum(part.nbytes for part in (starts, counts, codes, scales, rows, padded) if part is not None)
 
     @classmethod

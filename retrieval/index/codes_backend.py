@@ -14,7 +14,7 @@ from retrieval.errors import ConfigError
 from retrieval.index.backend import write_flat
 from retrieval.index.codes import Codes, library
 from retrieval.index.exact import scan
-from retrieval.index.lists import Lists, save_lists
+from retrieval.index.lists import REACH, Lists, radii, save_lists
 from retrieval.index.spec import IndexSpec
 from retrieval.types import SearchResult
 
@@ -46,6 +46,7 @@ class CodesBackend:
         native, parts = library(), (lists.centres, lists.counts, lists.order) if lists is not None else ()
         self._codes = Codes(native, self.vectors, *parts) if native is not None else None
         self.true_scores = self._codes is not None
+        self._reach = REACH * radii(lists, self.vectors) if self._codes is None and lists is not None else None
 
     def _configure(self, spec: IndexSpec) -> None:
         for name, value in spec.search.items():
@@ -120,10 +121,11 @@ class CodesBackend:
         return result
 
     def _near(self, query: NDArray[np.float32], probes: int) -> NDArray[np.int64]:
-        """Rows of the lists around the centres nearest to a query."""
+        """Rows of the lists that promise a query most."""
         assert self._lists is not None
+        assert self._reach is not None
         centres, counts, order = self._lists.centres, self._lists.counts, self._lists.order
-        near, probes = centres @ query, min(probes, len(centres))
+        near, probes = centres @ query + self._reach * np.linalg.norm(query), min(probes, len(centres))
         ends = np.cumsum(counts)
         lists = np.flatnonzero(near >= np.partition(near, len(near) - probes)[len(near) - probes])
         return np.concatenate([order[ends[at] - counts[at] : ends[at]] for at in lists])

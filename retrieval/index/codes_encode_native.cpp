@@ -58,12 +58,14 @@ struct Part {
 };
 
 void encode_part(const Codes& codes, const int64_t* order, int64_t total, Part& part, uint8_t* out, float* scales,
-                 int32_t* rows) {
+                 int32_t* rows, float* radii) {
   const int64_t size = (codes.width + LANES - 1) / LANES * LANES;
-  std::vector<float> padded(size, 0.0f);
+  std::vector<float> padded(size, 0.0f), centre(codes.lists ? codes.width : 0);
   std::vector<uint8_t> bytes(size);
   int64_t next = part.next;
   for (int64_t section = part.begin; section < part.end; ++section) {
+    for (size_t d = 0; d < centre.size(); ++d) centre[d] = codes.centres[d * codes.lists + section];
+    float farthest = 0;
     for (int64_t i = 0; i < codes.counts[section]; ++i, ++next) {
       if (order && next + AHEAD < total) fetch_ahead(codes.vectors + order[next + AHEAD] * codes.width, codes.width);
       int64_t row = order ? order[next] : next, place = codes.starts[section] * LANES + i;
@@ -72,7 +74,11 @@ void encode_part(const Codes& codes, const int64_t* order, int64_t total, Part& 
       uint8_t* at = out + place / LANES * codes.groups * 64 + place % LANES * 4;
       for (int64_t g = 0; g < codes.groups; ++g) std::memcpy(at + g * 64, bytes.data() + 4 * g, 4);
       if (rows) rows[place] = int32_t(row);
+      float away = 0;
+      for (size_t d = 0; d < centre.size(); ++d) away += (padded[d] - centre[d]) * (padded[d] - centre[d]);
+      farthest = std::max(farthest, away);
     }
+    if (codes.lists) radii[section] = std::sqrt(farthest);
   }
 }
 
@@ -80,8 +86,9 @@ void encode_part(const Codes& codes, const int64_t* order, int64_t total, Part& 
 
 extern "C" {
 
-// Codes, scales and rows of the places of all sections, whose items are `order` end to end, in blocks of 16 per section.
-void codes_encode(Codes* codes, const int64_t* order, int64_t threads, uint8_t* out, float* scales, int32_t* rows) {
+// Codes, scales and rows of the places of all sections, whose items are `order` end to end, in blocks of 16 per section;
+// and how far from its centre each list reaches.
+void codes_encode(Codes* codes, const int64_t* order, int64_t threads, uint8_t* out, float* scales, int32_t* rows, float* radii) {
   int64_t total = 0;
   for (int64_t section = 0; section < codes->sections; ++section) total += codes->counts[section];
   std::vector<Part> parts;
@@ -92,7 +99,7 @@ void codes_encode(Codes* codes, const int64_t* order, int64_t threads, uint8_t* 
     next += codes->counts[section];
   }
   on_threads(int64_t(parts.size()), [&](int64_t thread) {
-    if (thread < int64_t(parts.size())) encode_part(*codes, order, total, parts[thread], out, scales, rows);
+    if (thread < int64_t(parts.size())) encode_part(*codes, order, total, parts[thread], out, scales, rows, radii);
   });
   codes->error = codes->norm = 0;
   for (const Part& part : parts) {

@@ -78,7 +78,7 @@ void search_all(std::vector<Query>& queries, const Codes& codes, const Asked& as
   score();
 }
 
-// The same in those of the sections whose centres are nearest to a query.
+// The same in those of the sections that promise a query most: by their centre, and by how far from it their items lie.
 void search_lists(std::vector<Query>& queries, const Codes& codes, const Asked& asked, int64_t part, int64_t parts) {
   std::vector<float> scores;
   std::vector<int32_t> found;             // sections, query by query
@@ -86,9 +86,10 @@ void search_lists(std::vector<Query>& queries, const Codes& codes, const Asked& 
   std::vector<int64_t> starts(codes.sections + 1, 0);
   for (Query& query : queries) {
     scores.assign(codes.lists, 0);
-    for (int64_t d = 0; d < codes.width; ++d) {
+    for (int64_t d = 0; d <= codes.width; ++d) {
       const float* centres = codes.centres + d * codes.lists;
-      for (int64_t c = 0; c < codes.lists; ++c) scores[c] += query.vector[d] * centres[c];
+      const float asked = d < codes.width ? query.vector[d] : query.length;
+      for (int64_t c = 0; c < codes.lists; ++c) scores[c] += asked * centres[c];
     }
     const float least = kth(scores.data(), codes.sections, asked.probes, true);
     for (int64_t section = 0; section < codes.sections; ++section)

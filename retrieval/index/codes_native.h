@@ -17,7 +17,7 @@ struct Codes {
   const float* vectors;       // [N, D]
   float error, norm;          // largest |x − x̂| and |x̂|
   int64_t lists;              // of `centres`; 0 where every section is searched
-  const float* centres;       // [D][lists], lists a multiple of 16
+  const float* centres;       // [D + 1][lists], lists a multiple of 16; last, what a query of length 1 gains by a list's width
 };
 
 struct Asked {

@@ -74,7 +74,8 @@ struct Query {
   int64_t k;
   std::vector<int8_t> bytes;  // and zeros up to whole steps
   int32_t offset;             // 128 · Σ bytes, which the unsigned codes add
-  float scale, margin;        // margin: how far a score by codes may be off
+  float scale, length;
+  float margin;               // how far a score by codes may be off
   float least;                // what a score must reach, and the same in units of `scale`
   float least_scaled;
   float hoped = -std::numeric_limits<float>::infinity();  // a threshold that was guessed
@@ -96,7 +97,7 @@ struct Query {
       off += error * error;
     }
     // |q·x − q̂·x̂| ≤ |q| |x − x̂| + |q − q̂| |x̂|, and what float32 sums lose.
-    float length = std::sqrt(squares);
+    length = std::sqrt(squares);
     margin = length * over.error + std::sqrt(off) * over.norm;
     margin += float(over.width + 16) * 0x1p-22f * length * over.norm;
     // One that is not finite finds nothing.

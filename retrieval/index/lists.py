@@ -19,8 +19,12 @@ from safetensors.numpy import load_file, save
 from retrieval.errors import ConfigError, InputError, SnapshotCorruptError
 from retrieval.files import write_atomically
 
-__all__ = ["Lists", "Report", "build_lists", "check_finite", "load_lists", "save_lists"]
+__all__ = ["REACH", "Lists", "Report", "build_lists", "check_finite", "load_lists", "radii", "save_lists"]
 
+REACH: Final = 0.3
+"""Lists are looked into in the order of q·centre + REACH · |q| · radius: of two centres alike, the wider list may hold
+what is nearer to the query. At 1 that would bound what a list's items score, but hardly one lies straight towards the
+query. Measured: see docs/index.md."""
 _SEED: Final = 1
 _ROUNDS: Final = 10
 _PER_CENTRE: Final = 256
@@ -149,6 +153,17 @@ def _sampled(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """A few embeddings, spread over the rows."""
     rows = np.unique(np.linspace(0, max(len(vectors) - 1, 0), _KEPT).astype(np.int64))[: len(vectors)]
     return np.ascontiguousarray(vectors[rows], np.float32)
+
+
+def radii(lists: Lists, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far from its centre the farthest item of each list lies, float32 `[C]`."""
+    found = np.zeros(len(lists.centres), np.float32)
+    labels = np.repeat(np.arange(len(lists.centres)), lists.counts)
+    for start in range(0, len(labels), _SHARD):
+        part = labels[start : start + _SHARD]
+        away = np.linalg.norm(vectors[lists.order[start : start + _SHARD]] - lists.centres[part], axis=1)
+        np.maximum.at(found, part, away)
+    return found
 
 
 def save_lists(lists: Lists, vectors: NDArray[np.float32], path: Path) -> None:

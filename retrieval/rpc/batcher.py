@@ -1,8 +1,11 @@
 """Calls gathered into batches: whatever waits when the worker is free is worked on together.
 
 No delay is added: an idle worker starts as soon as the event loop has nothing more to hear of, and batches grow only
-while it is busy. Clients take turns: a batch
-takes one call of each in the order in which they came, then a second one, and so on.
+while it is busy. Clients take turns: a batch takes one call of each in the order in which they came, then a second one,
+and so on.
+
+A batch is begun and ended on the event loop, and only what takes long is done on the worker: two threads that both run
+Python wait for each other's interpreter lock, and wake each other in vain (docs/decisions/026).
 """
 
 import asyncio
@@ -12,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from retrieval.rpc.errors import DeadlineError, OverloadedError
 
@@ -44,6 +47,8 @@ class Batcher(Generic[_Job, _Answer]):
 
     Args:
         run: turns a batch of jobs into as many answers, or exceptions in their place; called on the worker thread.
+        begin: turns jobs into what `run` gets, or exceptions; called on the event loop. None changes nothing.
+        end: turns what `run` got and gave into answers, or exceptions; called on the event loop. None changes nothing.
         max_batch: jobs per run.
         capacity: calls in hand at once, waiting and running together.
         client_capacity: of these, calls of one client; None sets no such limit.
@@ -53,15 +58,17 @@ class Batcher(Generic[_Job, _Answer]):
 
     def __init__(
         self,
-        run: Callable[[list[_Job]], Sequence[_Answer | Exception]],
+        run: Callable[[list[Any]], Sequence[Any]],
         *,
+        begin: Callable[[list[_Job]], Sequence[Any]] | None = None,
+        end: Callable[[list[Any], Sequence[Any]], Sequence[_Answer | Exception]] | None = None,
         max_batch: int,
         capacity: int,
         client_capacity: int | None = None,
         prepare_thread: Callable[[], None] | None = None,
         on_batch: Callable[[Sequence[float]], None] | None = None,
     ) -> None:
-        self._on_batch = on_batch
+        self._begin, self._end, self._on_batch = begin, end, on_batch
         self._run, self._max_batch, self._capacity = run, max_batch, capacity
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="encode-and-search", initializer=prepare_thread)
         # By client, the one whose turn is next first. A dict is a queue from which a cancelled call can leave at once,
@@ -178,12 +185,34 @@ class Batcher(Generic[_Job, _Answer]):
             self._busy = False
             return
         self._began = loop.time()
+        if self._begin is not None:
+            futures, jobs = self._begun(futures, jobs, self._begin)
+            if not jobs:
+                loop.call_soon(self._start, loop)
+                return
         # Not by `run_in_executor`, whose futures around futures take the loop longer than a batch's own book-keeping.
         self._worker.submit(self._work, loop, futures, jobs)
 
-    def _work(self, loop: asyncio.AbstractEventLoop, futures: list[asyncio.Future[_Answer]], jobs: list[_Job]) -> None:
+    def _begun(
+        self,
+        futures: list[asyncio.Future[_Answer]],
+        jobs: list[_Job],
+        begin: Callable[[list[_Job]], Sequence[Any]],
+    ) -> tuple[list[asyncio.Future[_Answer]], list[Any]]:
+        """What the worker gets; who has nothing for it is told at once."""
+        left: list[asyncio.Future[_Answer]] = []
+        begun: list[Any] = []
+        for future, one in zip(futures, _safely(begin, jobs), strict=True):
+            if isinstance(one, Exception):
+                future.set_exception(one)
+            else:
+                left.append(future)
+                begun.append(one)
+        return left, begun
+
+    def _work(self, loop: asyncio.AbstractEventLoop, futures: list[asyncio.Future[_Answer]], jobs: list[Any]) -> None:
         """Run a batch, on the worker thread."""
-        loop.call_soon_threadsafe(self._finish, loop, futures, self._run_each_safely(jobs))
+        loop.call_soon_threadsafe(self._finish, loop, futures, jobs, self._run_each_safely(jobs))
 
     def _take(self, now: float) -> tuple[list[asyncio.Future[_Answer]], list[_Job]]:
         futures: list[asyncio.Future[_Answer]] = []
@@ -203,7 +232,7 @@ class Batcher(Generic[_Job, _Answer]):
             self._on_batch(waits)
         return futures, jobs
 
-    def _run_each_safely(self, jobs: list[_Job]) -> Sequence[_Answer | Exception]:
+    def _run_each_safely(self, jobs: list[Any]) -> Sequence[Any]:
         """Answers, or the exception of each job that fails: one bad job must not fail its batch-mates."""
         try:
             answers = self._run(jobs)
@@ -219,11 +248,16 @@ class Batcher(Generic[_Job, _Answer]):
         self,
         loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[_Answer]],
-        answers: Sequence[_Answer | Exception],
+        jobs: list[Any],
+        found: Sequence[Any],
     ) -> None:
         seconds = loop.time() - self._began
         before = self._batch_seconds if self._batch_seconds is not None else seconds
         self._batch_seconds = before + _LATEST * (seconds - before)
+        # Where a whole batch waits, the worker gets it before this one's answers are made.
+        self._start(loop)
+        end = self._end
+        answers = found if end is None else _safely(lambda jobs: end(jobs, found), jobs)
         for future, answer in zip(futures, answers, strict=True):
             if future.done():
                 continue
@@ -231,8 +265,15 @@ class Batcher(Generic[_Job, _Answer]):
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
-        self._start(loop)
 
     def close(self) -> None:
         """Wait for the running batch and end the worker; nothing may be submitted any more."""
         self._worker.shutdown(wait=True)
+
+
+def _safely(work: Callable[[list[Any]], Sequence[Any]], jobs: list[Any]) -> Sequence[Any]:
+    """What some work gives for each job; its failure for all, if it fails: the loop must go on."""
+    try:
+        return work(jobs)
+    except Exception as error:
+        return [error] * len(jobs)

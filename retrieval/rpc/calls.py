@@ -1,8 +1,8 @@
-"""The calls of the service: admitted on the event loop, answered in batches on one worker thread.
+"""The calls of the service: admitted on the event loop, answered in batches.
 
-What a call needs, decoding and checking it, searching, and making its message, is done on the worker for all calls of a
-batch, one thing after the other: Python that does the same again is several times faster than Python that comes to it
-after something else (docs/decisions/025).
+What a call needs, decoding and checking it, searching, and making its message, is done for all calls of a batch, one
+thing after the other: Python that does the same again is several times faster than Python that comes to it after
+something else (docs/decisions/025). A worker thread encodes and searches, the event loop does the rest (026).
 """
 
 import asyncio
@@ -17,7 +17,6 @@ from typing import TypeVar
 import faiss
 import grpc
 import torch
-from google.protobuf.message import Message
 
 from retrieval.errors import RetrievalError
 from retrieval.histories.store import HistoryStore
@@ -40,8 +39,9 @@ from retrieval.rpc.prepare import Limits, PreparedRetrieve
 from retrieval.rpc.recall import RecallSampler
 from retrieval.rpc.requests import Embedded
 from retrieval.rpc.server_config import ServerConfig
-from retrieval.rpc.service import Answer, Prepared, RetrievalService
+from retrieval.rpc.service import RetrievalService
 from retrieval.rpc.serving import ServingSnapshot
+from retrieval.rpc.solve import Prepared, Solved, answer_of
 from retrieval.rpc.status import reason_of
 
 __all__ = ["Calls", "limit_threads"]
@@ -52,7 +52,7 @@ _LOOKUP_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A message that the worker is to decode and check, and when it came, by `time.perf_counter`."""
+    """A message that is to be decoded and checked, and when it came, by `time.perf_counter`."""
 
     serving: ServingSnapshot
     message: pb.RetrieveRequest
@@ -60,6 +60,7 @@ class _Asked:
 
 
 _Job = _Asked | Prepared
+_Message = pb.RetrieveResponse | pb.EmbedUsersResponse
 _Made = TypeVar("_Made")
 
 
@@ -82,8 +83,10 @@ class Calls:
     ) -> None:
         self._metrics, self._live, self._capacity = metrics, live, config.capacity
         self._service = RetrievalService(histories, _within(config), metrics=metrics)
-        self._batcher: Batcher[_Job, Message] = Batcher(
-            self._work,
+        self._batcher: Batcher[_Job, _Message] = Batcher(
+            self._service.solve,
+            begin=self._prepared,
+            end=self._messages,
             max_batch=config.max_batch,
             capacity=config.capacity,
             client_capacity=config.client_capacity,
@@ -191,37 +194,40 @@ class Calls:
         parsed(pb.GetServingStateRequest, content)
         return state_to(self._service.state(self._live())).SerializeToString()
 
-    def _work(self, jobs: list[_Job]) -> Sequence[Message | Exception]:
-        """Each job's message, or what is wrong with it; on the worker thread."""
-        prepared = self._prepared(jobs)
-        ready = [one for one in prepared if not isinstance(one, RetrievalError)]
-        if not ready:
-            return [one for one in prepared if isinstance(one, RetrievalError)]
-        answers = iter(self._service.answer(ready))
-        with self._metrics.stage("answer"):
-            return [one if isinstance(one, RetrievalError) else self._message(one, next(answers)) for one in prepared]
-
-    def _prepared(self, jobs: Sequence[_Job]) -> list[Prepared | RetrievalError]:
+    def _prepared(self, jobs: Sequence[_Job]) -> list[Prepared | Exception]:
         """Jobs that are decoded and checked, and what is wrong with the others."""
         if not any(isinstance(job, _Asked) for job in jobs):
             return [job for job in jobs if not isinstance(job, _Asked)]
         with self._metrics.stage("decode"):
             return [self._decoded(job) if isinstance(job, _Asked) else job for job in jobs]
 
-    def _decoded(self, asked: _Asked) -> Prepared | RetrievalError:
+    def _decoded(self, asked: _Asked) -> Prepared | Exception:
         try:
             return self._service.prepare(asked.serving, retrieve_request_from(asked.message), asked.came)
-        except RetrievalError as error:
+        except Exception as error:
             return error
 
-    def _message(self, prepared: Prepared, answer: Answer) -> Message:
-        if isinstance(answer, Embedded):
-            return embedded_to(answer)
-        assert isinstance(prepared, PreparedRetrieve)
-        self._recall.offer(prepared, answer)
-        if answer.shortfall:
-            self._metrics.fell_short()
-        return retrieved_to(answer, string_ids=prepared.serving.string_ids)
+    def _messages(
+        self, prepared: Sequence[Prepared], solved: Sequence[Solved | Exception]
+    ) -> list[_Message | Exception]:
+        """The answers to what the worker solved."""
+        with self._metrics.stage("answer"):
+            return [self._message(one, found) for one, found in zip(prepared, solved, strict=True)]
+
+    def _message(self, prepared: Prepared, found: Solved | Exception) -> _Message | Exception:
+        if isinstance(found, Exception):
+            return found
+        try:
+            answer = answer_of(prepared, found)
+            if isinstance(answer, Embedded):
+                return embedded_to(answer)
+            assert isinstance(prepared, PreparedRetrieve)
+            self._recall.offer(prepared, answer)
+            if answer.shortfall:
+                self._metrics.fell_short()
+            return retrieved_to(answer, string_ids=prepared.serving.string_ids)
+        except Exception as error:
+            return error
 
 
 def _deadline(context: grpc.aio.ServicerContext) -> float | None:

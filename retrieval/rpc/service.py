@@ -1,18 +1,14 @@
 """The service without a transport: requests in, answers out. The server and in-process callers use the same code.
 
-Answering has two halves. `prepare_*` checks and translates one request: cheap, on whatever thread the request is.
-`answer` encodes and searches a batch of prepared requests: all of the cost, on one thread.
+Answering has three parts. `prepare` checks and translates one request; `solve` encodes and searches a batch of prepared
+requests, which takes long; `answer_of` makes an answer of what was found.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from retrieval.data.sequences import gather_histories
 from retrieval.errors import InvalidRequestError, RetrievalError, UnknownUserError
 from retrieval.histories.codec import joined
 from retrieval.histories.store import HistoryStore
@@ -21,10 +17,7 @@ from retrieval.rpc.metrics import Metrics
 from retrieval.rpc.prepare import (
     Known,
     Limits,
-    PreparedEmbed,
-    PreparedRetrieve,
     Trace,
-    UserEvents,
     fresh_history,
     prepare_embed,
     prepare_retrieve,
@@ -32,7 +25,6 @@ from retrieval.rpc.prepare import (
 )
 from retrieval.rpc.record import check_events
 from retrieval.rpc.requests import (
-    Debug,
     Embedded,
     Embedding,
     EmbedRequest,
@@ -41,22 +33,13 @@ from retrieval.rpc.requests import (
     RecordRequest,
     Retrieved,
     RetrieveRequest,
-    SearchPlan,
     ServingState,
-    Source,
     StoredUser,
 )
 from retrieval.rpc.serving import ServingSnapshot
-from retrieval.types import EventColumns, Plan, SideRows
+from retrieval.rpc.solve import Answer, Prepared, Solved, answer_of, solve
 
-__all__ = ["Answer", "Prepared", "RetrievalService"]
-
-Prepared = PreparedRetrieve | PreparedEmbed
-Answer = Retrieved | Embedded
-
-_PLANS = {Plan.INDEX: SearchPlan.INDEX, Plan.SELECTOR: SearchPlan.SELECTOR, Plan.SCAN: SearchPlan.SCAN}
-# Users per run of the encoder: an EmbedUsers call brings many at once, and activations grow with their tokens.
-_ENCODED_TOGETHER = 64
+__all__ = ["RetrievalService"]
 
 
 class RetrievalService:
@@ -215,180 +198,19 @@ class RetrievalService:
         return answer
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
-        """Encode and search a batch; answers in the order of the requests.
+        """Encode and search a batch; answers in the order of the requests."""
+        return [answer_of(one, solved) for one, solved in zip(prepared, self.solve(prepared), strict=True)]
+
+    def solve(self, prepared: Sequence[Prepared]) -> list[Solved]:
+        """What `answer` takes long for; `answer_of` makes an answer of it.
 
         Each request is answered from the snapshot that it was prepared for, whoever shares the batch.
         """
-        answers: dict[int, Answer] = {}
+        solved: dict[int, Solved] = {}
         places: dict[int, list[int]] = {}
         for place, one in enumerate(prepared):
             places.setdefault(id(one.serving), []).append(place)
         for group in places.values():
             serving = prepared[group[0]].serving
-            answers.update(
-                zip(group, _answer(serving, [prepared[place] for place in group], self._metrics), strict=True)
-            )
-        return [answers[place] for place in range(len(prepared))]
-
-
-def _answer(serving: ServingSnapshot, batch: Sequence[Prepared], metrics: Metrics) -> list[Answer]:
-    """Answers of one snapshot: all users of the batch encoded together, then all searches together."""
-    began = time.perf_counter()
-    users: list[UserEvents] = []
-    for one in batch:
-        if isinstance(one, PreparedEmbed):
-            users += one.users
-        elif isinstance(one.user, UserEvents):
-            users.append(one.user)
-    embedded = iter(_embed(serving, users, metrics))
-    answers: list[Answer | None] = []
-    searches: list[PreparedRetrieve] = []
-    queries: list[NDArray[np.float32]] = []
-    for one in batch:
-        if isinstance(one, PreparedEmbed):
-            answers.append(_embedded(serving, one.users, [next(embedded) for _ in one.users]))
-            continue
-        query = next(embedded)[0] if isinstance(one.user, UserEvents) else one.user
-        if isinstance(one.user, UserEvents) and not one.user.is_known:
-            answers.append(_popular(serving, one))
-            continue
-        answers.append(None)
-        searches.append(one)
-        queries.append(query)
-    encoded = time.perf_counter()
-    found = iter(_search(serving, searches, queries, metrics))
-    whole = [answer if answer is not None else next(found) for answer in answers]
-    times = _Times(began, encoded, time.perf_counter())
-    return [times.told(one, answer, len(batch)) for one, answer in zip(batch, whole, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Moments of a batch, by `time.perf_counter`."""
-
-    began: float
-    encoded: float
-    searched: float
-
-    def told(self, one: Prepared, answer: Answer, batch_size: int) -> Answer:
-        """An answer that tells how long its batch took, if it is to tell anything."""
-        if not isinstance(one, PreparedRetrieve) or one.trace is None:
-            return answer
-        assert isinstance(answer, Retrieved)
-        assert answer.debug is not None
-        debug = replace(
-            answer.debug,
-            batch_size=batch_size,
-            decode_seconds=one.trace.ready - one.trace.began,
-            queue_seconds=self.began - one.trace.ready + one.trace.began - one.trace.came,
-            encode_seconds=self.encoded - self.began,
-            search_seconds=self.searched - self.encoded,
-        )
-        return replace(answer, debug=debug)
-
-
-def _embed(
-    serving: ServingSnapshot, users: Sequence[UserEvents], metrics: Metrics
-) -> list[tuple[NDArray[np.float32], int]]:
-    """Each user's embedding `[D]`, zeros where nothing is known, and the events on items that were read for it."""
-    read = np.zeros(len(users), np.int64)
-    embeddings = np.zeros((len(users), serving.snapshot.searcher.width), np.float32)
-    filled = [place for place, user in enumerate(users) if user.is_known]
-    for start in range(0, len(filled), _ENCODED_TOGETHER):
-        places = filled[start : start + _ENCODED_TOGETHER]
-        chunk = [users[place] for place in places]
-        events = EventColumns(
-            items=np.concatenate([user.rows for user in chunk]),
-            actions=np.concatenate([user.actions for user in chunk]),
-            timestamps=np.concatenate([user.timestamps for user in chunk]),
-        )
-        ends = np.cumsum([len(user.rows) for user in chunk])
-        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        times = np.array([user.request_time for user in chunk], np.int64)
-        actions = np.array([user.action for user in chunk], np.int64)
-        sides = [user.side for user in chunk if user.side is not None]
-        side = SideRows.joined(sides) if sides else None
-        with metrics.stage("encode"):
-            histories = gather_histories(events, starts, ends, times, serving.max_length, side, actions)
-            histories = serving.as_read(histories)
-            embeddings[places], read[places] = serving.embed(histories), histories.main_lengths
-    return list(zip(embeddings, read.tolist(), strict=True))
-
-
-def _embedded(
-    serving: ServingSnapshot, users: Sequence[UserEvents], embedded: Sequence[tuple[NDArray[np.float32], int]]
-) -> Embedded:
-    return Embedded(
-        values=np.concatenate([embedding for embedding, _ in embedded]).tolist() if embedded else [],
-        width=serving.snapshot.searcher.width,
-        events_read=[read for _, read in embedded],
-        unknown_items=[user.unknown for user in users],
-        snapshot_version=serving.version,
-    )
-
-
-def _search(
-    serving: ServingSnapshot,
-    searches: Sequence[PreparedRetrieve],
-    queries: Sequence[NDArray[np.float32]],
-    metrics: Metrics,
-) -> list[Retrieved]:
-    if not searches:
-        return []
-    searcher = serving.snapshot.searcher
-    answers: dict[int, Retrieved] = {}
-    for exact in (False, True):
-        places = [place for place, one in enumerate(searches) if one.exact is exact]
-        if not places:
-            continue
-        asked = [searches[place] for place in places]
-        with metrics.stage("search"):
-            result = searcher.search(
-                np.stack([queries[place] for place in places]),
-                [min(one.k, len(searcher)) for one in asked],
-                [one.excluded for one in asked],
-                [one.filter for one in asked],
-                exact=exact,
-            )
-        counts = np.count_nonzero(result.rows >= 0, axis=1).tolist()
-        for b, (place, one, count) in enumerate(zip(places, asked, counts, strict=True)):
-            from_context = isinstance(one.user, UserEvents) and not len(one.user.rows)
-            source = Source.CONTEXT if from_context else Source.MODEL
-            answer = _retrieved(serving, one, result.rows[b, :count], result.scores[b, :count], source)
-            if one.trace is not None:
-                plan = _PLANS[Plan(result.plans[b])] if count else None
-                answer = replace(answer, debug=Debug(plan=plan, eligible=int(result.eligible[b])))
-            answers[place] = answer
-    return [answers[place] for place in range(len(searches))]
-
-
-def _popular(serving: ServingSnapshot, one: PreparedRetrieve) -> Retrieved:
-    rows = serving.snapshot.popular
-    if one.filter is not None:
-        rows = rows[serving.snapshot.searcher.meets(one.filter, rows)]
-    debug = None
-    if one.trace is not None:
-        debug = Debug(plan=None, eligible=int(np.count_nonzero(~np.isin(rows, one.excluded))))
-    # So many rows hold k that are not excluded, if there are k.
-    rows = rows[: one.k + len(one.excluded)]
-    rows = rows[~np.isin(rows, one.excluded)][: one.k]
-    return replace(_retrieved(serving, one, rows, serving.popularity[rows], Source.POPULARITY), debug=debug)
-
-
-def _retrieved(
-    serving: ServingSnapshot,
-    one: PreparedRetrieve,
-    rows: NDArray[np.int64],
-    scores: NDArray[np.float32],
-    source: Source,
-) -> Retrieved:
-    return Retrieved(
-        items=serving.ids_of(rows),
-        scores=scores.tolist(),
-        snapshot_version=serving.version,
-        source=source,
-        shortfall=one.k - len(rows),
-        unknown_items=one.user.unknown if isinstance(one.user, UserEvents) else 0,
-        titles=serving.titles_of(rows) if one.include_titles else [],
-        cold_items=serving.cold_places(rows) if source is not Source.POPULARITY else [],
-    )
+            solved.update(zip(group, solve(serving, [prepared[place] for place in group], self._metrics), strict=True))
+        return [solved[place] for place in range(len(prepared))]

@@ -53,9 +53,9 @@ def test_no_items_give_no_answers() -> None:
     assert found.rows.tolist() == [[-1, -1]]
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF2,Int8", "IVF2,Flat"])
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "SQbf16", "IVF2,Int8", "IVF2,Flat"])
 def test_a_written_index_answers_as_before(tmp_path: Path, factory: str) -> None:
-    spec = IndexSpec(factory=factory, search={} if factory == "Flat" else {"nprobe": 2})
+    spec = IndexSpec(factory=factory, search={"nprobe": 2} if factory.startswith("IVF") else {})
     index = build_index(VECTORS, spec)
     index.save(tmp_path / spec.file)
     again = open_index(tmp_path / spec.file, spec, VECTORS)

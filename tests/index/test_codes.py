@@ -13,7 +13,7 @@ from retrieval.errors import ConfigError
 from retrieval.index import codes, codes_backend
 from retrieval.index.codes import HEADERS, SOURCES, Codes, library
 from retrieval.index.codes_backend import CodesBackend
-from retrieval.index.lists import build_lists
+from retrieval.index.lists import REACH, Lists, build_lists, radii
 from retrieval.index.spec import IndexSpec
 from retrieval.native import compiled
 
@@ -104,15 +104,24 @@ def test_every_instruction_set_gives_the_same_answers(width: int, lists: int) ->
             np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-6)
 
 
-def test_a_threshold_that_was_guessed_too_high_loses_nothing(native: ctypes.CDLL) -> None:
-    # Twenty items are like the queries, and all of them stand where the guess is made from.
+def test_a_threshold_that_was_guessed_too_high_loses_nothing(
+    native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seventeen items are like the queries, and all of them stand where the guess is made from.
     rng = np.random.default_rng(8)
-    vectors, queries = unit(rng.normal(size=(20_000, 16))), unit(rng.normal(size=(6, 16)))
-    near = queries[0] + 0.01 * rng.normal(size=(20, 16))
-    vectors[np.arange(20) * 512] = unit(near)
-    for k in (10, 100):
-        assert_exact(Codes(native, vectors), vectors, queries, k, None)
-        assert_exact(Codes(native, vectors), vectors, queries[:1].repeat(20, axis=0), k, None)
+    vectors, queries = unit(rng.normal(size=(80_000, 16))), unit(rng.normal(size=(6, 16)))
+    near = queries[0] + 0.01 * rng.normal(size=(17, 16))
+    vectors[np.arange(17) * 9 * 512] = unit(near)
+    monkeypatch.setattr(codes, "_WORTH_A_THREAD", 1)
+    before = faiss.omp_get_max_threads()
+    try:
+        for threads in (1, 9):  # in all items, and in the ninth of them that a thread searches for all queries
+            faiss.omp_set_num_threads(threads)
+            for k in (10, 100):
+                assert_exact(Codes(native, vectors), vectors, queries, k, None)
+                assert_exact(Codes(native, vectors), vectors, queries[:1].repeat(20, axis=0), k, None)
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_more_equal_scores_than_fit_are_told_apart_by_row(native: ctypes.CDLL) -> None:
@@ -175,6 +184,29 @@ def test_without_a_compiler_the_answers_are_the_same(monkeypatch: pytest.MonkeyP
             theirs = plain.search(queries, 40, allowed=allowed, effort=effort)
             np.testing.assert_array_equal(mine.rows, theirs.rows)
             np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_of_lists_whose_centres_are_alike_the_wider_is_looked_into(
+    monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    if plain:
+        monkeypatch.setattr(codes_backend, "library", lambda: None)
+    centres = np.array([[0.5, 0.0], [0.5, 0.0], [0.45, 0.0]], np.float32)
+    vectors = np.array([[0.5, 0.1], [0.5, -0.1], [0.9, 0.2], [0.1, -0.2], [0.45, 0.0]], np.float32)
+    lists = Lists(centres, np.array([2, 2, 1]), np.arange(5))
+    np.testing.assert_allclose(radii(lists, vectors), [0.1, np.hypot(0.4, 0.2), 0], atol=1e-6)
+    index = CodesBackend(vectors, IndexSpec(factory="IVF3,Int8", search={"nprobe": 1}), lists)
+    assert index.search(np.array([[2, 0]], np.float32), 5).rows.tolist() == [[2, 3, -1, -1, -1]]
+
+
+def test_compiled_codes_know_how_far_lists_reach(native: ctypes.CDLL) -> None:
+    vectors = unit(np.random.default_rng(9).normal(size=(1000, 20)))
+    lists = build_lists(vectors, 7)
+    made = Codes(native, vectors, lists.centres, lists.counts, lists.order)
+    centres = made._held[-1]
+    assert centres is not None
+    np.testing.assert_allclose(centres[20, :7], REACH * radii(lists, vectors), rtol=1e-5)
 
 
 def test_looking_into_every_list_is_exact() -> None:

@@ -28,6 +28,8 @@ EXACT = IndexSpec()
 SPECS = [
     EXACT,
     IndexSpec(factory="IVF4,Int8", search={"nprobe": 1}),
+    IndexSpec(factory="SQfp16"),
+    IndexSpec(factory="SQbf16"),
     IndexSpec(factory="IVF4,Flat", search={"nprobe": 1}),
     IndexSpec(factory="IVF4,SQ8", search={"nprobe": 1}),
     IndexSpec(factory="HNSW8", search={"efSearch": 8}),
