@@ -21,7 +21,7 @@ from retrieval.errors import CheckpointError, ConfigError, DataError, InputError
 from retrieval.files import remove_temporary_files
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
-from retrieval.training.state import read_state
+from retrieval.training.state import read_settings, read_state
 from retrieval.training.trainer import TRAINING_STATE
 
 __all__ = [
@@ -159,8 +159,8 @@ def night_folder(work: Path, night: str, live_night: str | None) -> Path:
 
 def state_of_live(
     work: Path, live: Snapshot, live_night: str | None, settings: Mapping[str, Any]
-) -> tuple[dict[str, Tensor] | None, str]:
-    """All that was learned up to the live snapshot, and where it is from; or None and why it is not there.
+) -> tuple[Callable[[], dict[str, Tensor]] | None, str]:
+    """What reads all that was learned up to the live snapshot, and where it is from; or None and why it is not there.
 
     Args:
         work: the job's folder, where the night that made the live snapshot left it.
@@ -174,7 +174,7 @@ def state_of_live(
     run = work / f"night-{live_night}" / FINAL
     try:
         info = read_info(run)
-        tensors, before = read_state(run / TRAINING_STATE)
+        before = read_settings(run / TRAINING_STATE)
     except (CheckpointError, ConfigError):
         return None, f"{work}: holds no training state of {live.version}: {anew}"
     if info.weights_sha256 != live.manifest.model:
@@ -182,4 +182,4 @@ def state_of_live(
     for name, value in settings.items():
         if before["training"].get(name) != value:
             return None, f"{live.version} was trained with another {name}: {anew}"
-    return tensors, f"the optimiser goes on from {live.version}"
+    return lambda: read_state(run / TRAINING_STATE), f"the optimiser goes on from {live.version}"

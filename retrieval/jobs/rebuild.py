@@ -26,6 +26,7 @@ from torch import Tensor
 from retrieval.config import Config
 from retrieval.data.dataset import Dataset
 from retrieval.data.splits import Split, SplitInfo, split_dataset
+from retrieval.encoder.checkpoint import load_checkpoint
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.protocol import UserEncoder
 from retrieval.errors import GateRefusedError
@@ -52,7 +53,7 @@ from retrieval.jobs.night import (
 )
 from retrieval.jobs.publish import build_candidate, publish_candidate
 from retrieval.jobs.report import keep_report, keep_report_of_live, night_report
-from retrieval.jobs.warm_start import carried_over, moved_rows
+from retrieval.jobs.warm_start import carried_over, check_shape, moved_rows
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot
 from retrieval.training.batches import Fresh
@@ -190,7 +191,8 @@ def rebuild(
             ranks = held_out_ranks(dataset, trainings.split, queries, judged, live, expired)
             results = quality_gates(ranks, config.gates)
         with clock.stage("finish"):
-            trainings.final(judged)
+            del judged
+            trainings.final()
         with clock.stage("index"):
             chosen = last.get("index", {}).get("chosen") if base is not None else None
             before = Chosen.model_validate(chosen) if chosen is not None else None
@@ -274,10 +276,13 @@ class _Trainings:
         """Train on what came before T."""
         return self._run(self.split, JUDGED, self._epochs, self._since[0], learned)
 
-    def final(self, judged: UserEncoder) -> None:
-        """Go on with everything."""
-        state = self._folder / JUDGED / TRAINING_STATE
-        learned = _Learned(state=read_state(state)[0]) if state.exists() else _Learned(initial=judged.state_dict())
+    def final(self) -> None:
+        """Go on from `judged` with everything."""
+        run = self._folder / JUDGED
+        if (run / TRAINING_STATE).exists():
+            learned = _Learned(state=lambda: read_state(run / TRAINING_STATE))
+        else:
+            learned = _Learned(initial=load_checkpoint(run)[0].state_dict())
         everything = split_dataset(self._dataset, SplitInfo(protocol="all"))
         self._run(everything, FINAL, self._config.finish_epochs, self._since[1], learned)
 
@@ -300,10 +305,10 @@ class _Trainings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Learned:
-    """What a training goes on from: a whole training state, or weights alone, or neither."""
+    """What a training goes on from: a whole training state, read when it is wanted, or weights alone, or neither."""
 
     initial: dict[str, Tensor] | None = None
-    state: dict[str, Tensor] | None = None
+    state: Callable[[], dict[str, Tensor]] | None = None
 
 
 def _learned(
@@ -317,15 +322,15 @@ def _learned(
     """What tonight's training goes on from, and a sentence on the optimiser."""
     if base is None:
         return _Learned(), "the optimiser starts anew"
-    weights = carried_over(shape, dataset, base)
+    check_shape(shape, dataset, base)
     training = config.training
     features = training.item_features.model_dump(mode="json") if training.item_features is not None else None
     by_rows = updates_by_rows(training, shape.num_items)
     settings = {"item_features": features, "sparse_items": by_rows, "ema_decay": training.ema_decay}
     state, found = state_of_live(work, base, live_night, settings)
     if state is None:
-        return _Learned(initial=weights), found
-    return _Learned(state=moved_rows(state, dataset, base)), found
+        return _Learned(initial=carried_over(shape, dataset, base)), found
+    return _Learned(state=lambda: moved_rows(state(), dataset, base)), found
 
 
 def _moment(dataset: Dataset, last_event: int | None, config: RebuildConfig) -> int | None:

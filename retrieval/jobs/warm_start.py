@@ -3,7 +3,7 @@
 Rows of items, actions and values of other kinds follow their ids and names, whatever rows they have tonight.
 """
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from retrieval.errors import ConfigError
 from retrieval.snapshot.store import Snapshot
 from retrieval.types import EventColumns, JaggedBatch, SideRows, TokenKind
 
-__all__ = ["carried_over", "live_histories", "live_ranks", "live_rows", "moved_rows", "rows_before"]
+__all__ = ["carried_over", "check_shape", "live_histories", "live_ranks", "live_rows", "moved_rows", "rows_before"]
 
 _ITEMS, _SIDE = "item_embedding.weight", "side_embedding.weight"
 _ACTIONS = ("action_embedding.weight", "query_embedding.weight")
+_ROWS_AT_ONCE = 1 << 16
 _QUERIES_AT_ONCE = 256
 _SCORES_AT_ONCE = 1 << 24
 
@@ -57,6 +58,18 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
     Raises:
         ConfigError: the live encoder is of another shape.
     """
+    check_shape(config, dataset, live)
+    moved = moved_rows(live.encoder.state_dict(), dataset, live)
+    # A table that the live encoder has no use for, of actions for instance, begins without effect.
+    return {name: moved.get(name, torch.zeros_like(one)) for name, one in build_encoder(config).state_dict().items()}
+
+
+def check_shape(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> None:
+    """Refuse a live encoder that tonight's cannot go on from.
+
+    Raises:
+        ConfigError: it is of another shape, but for rows of its tables.
+    """
     before = live.info.encoder
     kinds = [[(kind.name, kind.context) for kind in known] for known in (live.info.kinds, dataset.info.kinds)]
     sizes = {"num_items": config.num_items, "num_actions": config.num_actions, "kinds": config.kinds}
@@ -64,16 +77,14 @@ def carried_over(config: EncoderConfig, dataset: Dataset, live: Snapshot) -> dic
         raise ConfigError(
             f"{live.version}: its encoder has another shape than the one asked for; ask for that, or start from scratch"
         )
-    moved = moved_rows(live.encoder.state_dict(), dataset, live)
-    # A table that the live encoder has no use for, of actions for instance, begins without effect.
-    return {name: moved.get(name, torch.zeros_like(one)) for name, one in build_encoder(config).state_dict().items()}
 
 
-def moved_rows(tensors: Mapping[str, Tensor], dataset: Dataset, live: Snapshot) -> dict[str, Tensor]:
+def moved_rows(tensors: MutableMapping[str, Tensor], dataset: Dataset, live: Snapshot) -> dict[str, Tensor]:
     """What was learned with the live snapshot's rows, for tonight's: weights, or a whole training state.
 
     Args:
-        tensors: by name; the optimiser's bear the name of what they belong to within their own.
+        tensors: by name; the optimiser's bear the name of what they belong to within their own. Emptied, so that a
+            table of gigabytes is not there twice for longer than it takes to move it.
         dataset: tonight's events.
         live: the snapshot that the tensors belong to.
     """
@@ -82,7 +93,8 @@ def moved_rows(tensors: Mapping[str, Tensor], dataset: Dataset, live: Snapshot) 
     # Training will take popularity from tonight's events; only its shape matters here.
     rows_of["optimizer.rows."] = rows_of["popularity"] = rows_of[_ITEMS]
     moved = {}
-    for name, tensor in tensors.items():
+    for name in list(tensors):
+        tensor = tensors.pop(name)
         table = next((one for one in rows_of if one in name), None)
         if table is None or tensor.ndim == 0:
             moved[name] = tensor
@@ -92,7 +104,9 @@ def moved_rows(tensors: Mapping[str, Tensor], dataset: Dataset, live: Snapshot) 
         moved[name] = new = tensor.new_zeros(shape)
         if table == _ITEMS and not name.startswith("optimizer."):
             new[:] = tensor.mean(0)
-        new[rows >= 0] = tensor[rows[rows >= 0]]
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[begin : begin + _ROWS_AT_ONCE]
+            new[begin : begin + _ROWS_AT_ONCE][part >= 0] = tensor[part[part >= 0]]
     return moved
 
 

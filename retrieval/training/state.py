@@ -16,7 +16,7 @@ from torch import Tensor
 from retrieval.errors import CheckpointError
 from retrieval.files import replacing
 
-__all__ = ["load_state", "read_state", "save_state"]
+__all__ = ["load_state", "read_settings", "read_state", "save_state"]
 
 
 def save_state(
@@ -31,16 +31,30 @@ def save_state(
         save_file(ready, path, metadata={"settings": json.dumps(settings), "progress": json.dumps(progress)})
 
 
-def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors that `save_state` wrote, and the settings of the run that did, as JSON gives them back.
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings of the run that wrote the file, as JSON gives them back.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     try:
         with safe_open(file, "pt") as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}, json.loads(reader.metadata()["settings"])  # noqa: SIM118
+            settings: dict[str, Any] = json.loads(reader.metadata()["settings"])
+            return settings
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """All tensors that `save_state` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(file, "pt") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from None
 
 

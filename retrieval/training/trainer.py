@@ -91,7 +91,7 @@ def train(
     run_dir: Path,
     *,
     initial: Mapping[str, Tensor] | None = None,
-    learned: Mapping[str, Tensor] | None = None,
+    learned: Callable[[], Mapping[str, Tensor]] | None = None,
     fresh: Fresh | None = None,
     validate: Validate | None = None,
     resume: bool = False,
@@ -111,7 +111,8 @@ def train(
         run_dir: folder of this run.
         initial: weights to start from, a state of this encoder by name; None draws them.
         learned: instead of `initial`, all that an earlier run had learned, the optimiser's state too, by the names of
-            `Learner.tensors`.
+            `Learner.tensors`. Called once, and what it gives is let go of before the first step: with millions of items
+            it is gigabytes.
         fresh: what of the split was learned already, where the run goes on from that; None: nothing.
         validate: called after every `config.validate_every` epochs and after the last; the encoder that it likes best
             is the one that is kept. Without it the last one is. It must not depend on anything but the encoder.
@@ -158,14 +159,17 @@ def train(
     counts = training_counts(dataset, split)
     features = None if schema is None else item_features(dataset.vocabulary, schema, counts)
     learner = Learner(encoder, config, counts, steps, features)
+    started_from: dict[str, Any] = {"initial": _fingerprint(initial)}
     if learned is not None:
-        learner.adopt(learned)
+        before = learned()
+        started_from["initial"] = _fingerprint(before)
+        learner.adopt(before)
+        del before
     if encoder.popularity is not None:
         _check_popularity(config)
         encoder.popularity.copy_(config.temperature * torch.from_numpy(log_popularity(dataset, split)))
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(run_dir)
-    started_from: dict[str, Any] = {"initial": _fingerprint(initial if learned is None else learned)}
     if fresh is not None:
         started_from["fresh"] = fresh.model_dump()
     tables = table_sizes(dataset, encoder_config, config, counts)

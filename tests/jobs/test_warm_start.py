@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from retrieval.data.dataset import Dataset
 from retrieval.encoder.config import HSTUConfig
 from retrieval.errors import ConfigError
-from retrieval.jobs.warm_start import carried_over, live_histories
+from retrieval.jobs.warm_start import carried_over, live_histories, moved_rows
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
 from retrieval.types import TokenKind
@@ -53,6 +54,15 @@ def test_weights_of_values_follow_their_names(tmp_path: Path) -> None:
     # age: unknown, 18, 25 | region: unknown, north, south.
     for row, before in enumerate([0, None, 2, 1, 3, None, 5]):
         assert weights[row].tolist() == (old[before].tolist() if before is not None else [0.0] * 16)
+
+
+def test_tensors_are_let_go_of_as_their_rows_are_moved(tmp_path: Path) -> None:
+    live, now = live_of(tmp_path, BEFORE), night(tmp_path / "now", NOW)
+    tensors = {f"optimizer.rows.{name}": torch.rand(len(now.vocabulary), 4) for name in ("first", "second")}
+    before = dict(tensors)
+    moved = moved_rows(tensors, now, live)
+    assert not tensors
+    assert all(torch.equal(moved[name], tensor) for name, tensor in before.items())
 
 
 def test_another_set_of_kinds_needs_a_start_from_scratch(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from retrieval.training import learner, trainer
 from retrieval.training.config import TrainConfig
 from retrieval.training.loss import next_item_loss
 from retrieval.training.negatives import Negatives
+from retrieval.training.state import read_state
 from retrieval.training.trainer import StepReport, train
 from tests.support import cyclic_histories, write_dataset
 
@@ -73,6 +75,29 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_what_was_learned_before_is_taken_over_and_let_go_of_before_the_first_step(
+    data: tuple[Dataset, Split], tmp_path: Path
+) -> None:
+    train(*data, ENCODER, CONFIG, tmp_path / "before")
+    held: list[weakref.ref[Tensor]] = []
+
+    def learned() -> dict[str, Tensor]:
+        tensors = read_state(tmp_path / "before" / trainer.TRAINING_STATE)
+        held.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return tensors
+
+    left: list[int] = []
+
+    def count(report: StepReport) -> None:
+        left.append(sum(tensor() is not None for tensor in held))
+
+    train(*data, ENCODER, CONFIG, tmp_path / "after", learned=learned, on_step=count)
+    assert held
+    assert set(left) == {0}
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "before", tmp_path / "after")
 
 
 class Killed(Exception):
