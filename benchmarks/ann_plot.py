@@ -17,9 +17,9 @@ STYLES = {"ours": "-", "ours, Searcher": "--"}
 
 
 def main() -> None:
-    """One PNG for each data set: one query at a time, and batches of 256; one thread, the machine of its latest row.
+    """One PNG for each data set: one query at a time, and batches of 256, or of 64 where fewer queries were asked.
 
-    Of each index the rows of its latest commit.
+    One thread, the machine of its latest row; of each index the rows of its latest commit.
     """
     folder = Path(sys.argv[1])
     with RESULTS.open(encoding="utf-8", newline="") as file:
@@ -28,12 +28,13 @@ def main() -> None:
         rows = [row for row in every if (row["data"], row["hardware"]) == (data, machine)]
         latest = {(row["library"], row["index"]): row["commit"] for row in rows}
         rows = [row for row in rows if row["commit"] == latest[row["library"], row["index"]]]
+        largest = 256 if all(float(row["queries_per_second_256"]) for row in rows) else 64
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
         colours: dict[str, str] = {}
         for row in rows:
             index = row["index"] if row["library"].startswith("ours") else f"{row['library']} {row['index']}"
             colours.setdefault(index, f"C{len(colours) % 10}")
-        for axis, batch in zip(axes, (1, 256), strict=True):
+        for axis, batch in zip(axes, (1, largest), strict=True):
             curves = dict.fromkeys((row["library"], row["index"]) for row in rows)
             for library, index in curves:
                 points = _front(
