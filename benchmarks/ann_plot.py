@@ -3,8 +3,8 @@
 python -m benchmarks.ann_plot docs/
 """
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +21,9 @@ def main() -> None:
 
     One thread, the machine of its latest row; of each index the rows of its latest commit.
     """
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    folder: Path = parser.parse_args().folder
     with RESULTS.open(encoding="utf-8", newline="") as file:
         every = [row for row in csv.DictReader(file) if row["threads"] == "1"]
     for data, machine in {row["data"]: row["hardware"] for row in every}.items():

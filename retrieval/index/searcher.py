@@ -181,11 +181,8 @@ class Searcher:
     ) -> Answers:
         """Answer queries of one filter."""
         indexed, added = self._indexed.eligible(filter_), self._added.eligible(filter_)
-        answers, k, lost = (
-            _no_answers(len(queries), max(ks, default=0)),
-            np.asarray(ks, np.int64),
-            Excluded.of(excluded),
-        )
+        answers = _no_answers(len(queries), max(ks, default=0))
+        k, lost = np.asarray(ks, np.int64), Excluded.of(excluded)
         of_index: int | NDArray[np.int64] = indexed.count
         need = k + _SPARE
         answers.eligible.fill(indexed.count + added.count)

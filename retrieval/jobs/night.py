@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retrieval.config import Config
 from retrieval.encoder.checkpoint import read_info
-from retrieval.errors import CheckpointError, ConfigError, DataError, InputError, NoSnapshotError, RetrievalError
+from retrieval.errors import CheckpointError, ConfigError, InputError, NoSnapshotError, RetrievalError
 from retrieval.files import remove_temporary_files
 from retrieval.snapshot.registry import Registry
 from retrieval.snapshot.store import Snapshot, open_snapshot
@@ -120,8 +120,6 @@ def live_snapshot(registry: Registry) -> Snapshot | None:
 
 def name_of_night(sources: Path, config: Config, live: str | None) -> str:
     """What goes into a night, as 16 hex digits."""
-    if not sources.exists():
-        raise DataError(f"{sources}: no such file or folder")
     files = sorted(path for path in (sources.rglob("*") if sources.is_dir() else [sources]) if path.is_file())
     # By size and time of writing: reading a log of months to hash it would take longer than ingest.
     stats = [(str(path.relative_to(sources)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

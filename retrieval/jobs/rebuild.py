@@ -29,7 +29,7 @@ from retrieval.data.splits import Split, SplitInfo, split_dataset
 from retrieval.encoder.checkpoint import load_checkpoint
 from retrieval.encoder.config import EncoderConfig
 from retrieval.encoder.protocol import UserEncoder
-from retrieval.errors import GateRefusedError
+from retrieval.errors import DataError, GateRefusedError
 from retrieval.evaluation.gates import GateConfig, GateResult
 from retrieval.histories.fill import fill_histories
 from retrieval.histories.recorded import RecordedHistories
@@ -155,6 +155,9 @@ def rebuild(
         TrainingError: training diverged.
         RetrievalError: a file cannot be written; run again it goes on.
     """
+    if not sources.exists():
+        # Before there are folders of a job that was called with a mistake.
+        raise DataError(f"{sources}: no such file or folder")
     clock = Clock(on_stage)
     with explained(work), alone(work), registry.lease():
         live = live_snapshot(registry)
@@ -191,6 +194,7 @@ def rebuild(
             ranks = held_out_ranks(dataset, trainings.split, queries, judged, live, expired)
             results = quality_gates(ranks, config.gates)
         with clock.stage("finish"):
+            # Read again from its run if need be: two encoders of millions of items are gigabytes.
             del judged
             trainings.final()
         with clock.stage("index"):

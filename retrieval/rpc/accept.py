@@ -4,7 +4,8 @@ grpcio's server asks its core for one call, waits until the event loop is told o
 next. While the loop works, all other calls wait in the core, where nothing can be done for them together: of 64 callers
 some 5 were in the server's hands. Here, the core may hand over a number of calls before the loop gets to the first.
 
-To be removed once grpcio does so by itself; where it does not use these names any more, all is as it comes.
+To be removed once grpcio does so by itself. This leans on a class and a method of grpcio's that are not public; where
+the method is not called any more, all is as it comes, and `tests/rpc/test_accept.py` tells.
 """
 
 import asyncio
@@ -67,8 +68,8 @@ def _hand_over(call: "asyncio.Future[Any]", waiter: "asyncio.Future[Any]") -> No
 
 
 class _Server(cygrpc.AioServer):
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: object, **named: object) -> None:
+        super().__init__(*args, **named)
         self._kinds: dict[bytes | None, _Arrivals] = {}
         self._stopping = False
 

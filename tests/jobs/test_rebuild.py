@@ -289,6 +289,14 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_night_goes_on_when_there_is
     open_snapshot(Registry(root / "registry").folder(live))
 
 
+def test_a_log_that_is_not_there_is_told_before_any_folder_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert night(tmp_path / "nothing", tmp_path / "job") == 2
+    assert "nothing: no such file or folder" in capsys.readouterr().err
+    assert not (tmp_path / "job").exists()
+
+
 def test_folders_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = write_log(tmp_path / "log", 2)
     (tmp_path / "file").write_text("")
